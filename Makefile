@@ -1,0 +1,37 @@
+# make demo   the whole loop on this machine, with a table at the end
+# make test   every test (makes the environment if it is not there)
+# make setup  .venv with all that tests and benchmarks need
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
+
+.PHONY: demo test setup lint clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/python -m experiments.hint_distillation --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
+
+setup: $(VENV)/.dev
+
+lint: setup
+	$(BIN)/ruff check .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"Python 3.11 is needed (scann has wheels for it), not {v[0]}.{v[1]}; set PYTHON=/path/to/python3.11.")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for running, one for developing; a changed requirement installs again.
+$(VENV)/.runtime: requirements.txt constraints.txt | $(BIN)/python
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt constraints.txt | $(BIN)/python
+	$(PIP) -r requirements-dev.txt
+	@touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) .cache runs

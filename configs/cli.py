@@ -1,0 +1,77 @@
+"""How every entry point starts: flags, and errors that a person can read."""
+
+import contextlib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from configs import common
+from data import errors
+
+
+def define_config_flags(default: str | None = None) -> None:
+  """Defines `--config` and `--workdir`, which all entry points take."""
+  config_flags.DEFINE_config_file(
+    'config', default, 'configs/NAME.py:key=value,...', lock_config=True)
+  flags.DEFINE_string('workdir', None, 'Folder for everything that the run writes.')
+
+
+def _fail(message: str, code: int) -> None:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(code)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(argv)
+  except errors.UserError as error:
+    _fail(str(error), 2)
+  except FileNotFoundError as error:
+    _fail(f'Config file {error.filename!r} does not exist; see configs/ for those there are.', 2)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    # `--config.key=value` on a locked ConfigDict: name the key and the near ones.
+    _fail(_override_message(argv, error), 2)
+
+
+def _override_message(argv: list[str], error: Exception) -> str:
+  with contextlib.suppress(Exception):
+    path = next(a for a in argv if re.match(r'--?config=', a)).split('=', 1)[1]
+    name, _, arg = path.partition(':')
+    module = importlib.import_module(name.removesuffix('.py').replace('/', '.'))
+    known = list(module.get_config(arg or None).keys())
+    for a in argv:
+      match = re.match(r'--?config\.([^=]+)=?(.*)', a)
+      if match and match.group(1) not in known:
+        return f'There is no config key {match.group(1)!r}.{common.near(match.group(1), known)}'
+  return ' '.join(str(error).split())
+
+
+def run(main: Callable[[list[str]], None], required: tuple[str, ...] = ('config', 'workdir')):
+  """Runs `main` as absl does; a UserError becomes one sentence and exit code 1 (2 for flags)."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+  def guarded(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    try:
+      missing = [name for name in required if flags.FLAGS[name].value is None]
+      if missing:
+        _fail(f'--{missing[0]} is needed; --help shows how.', 2)
+      if 'config' in flags.FLAGS and not isinstance(
+          flags.FLAGS['config'].value, (ml_collections.ConfigDict, type(None))):
+        # config_flags keeps the exception of a file that it could not load until a key is read.
+        name = next((a for a in sys.argv if a.startswith(('--config=', '-config='))), '--config')
+        _fail(f'{name.partition(":")[0]} is not a config file that can be loaded; '
+              'configs/ holds those there are.', 2)
+      main(argv)
+    except errors.UserError as error:
+      _fail(str(error), 1)
+    except KeyboardInterrupt:
+      _fail('Stopped; start the same command again to go on.', 130)
+
+  app.run(guarded, flags_parser=_parse_flags)

@@ -1,0 +1,93 @@
+"""What every config file shares: typed `key=value` arguments over documented defaults.
+
+A config file is `configs/NAME.py` with `get_config(arg)`; on the command line
+`--config=configs/NAME.py:key=value,key=value` sets what shapes the run and
+`--config.key=value` changes one field afterwards.
+"""
+
+import difflib
+from typing import Any
+
+import ml_collections
+
+from data import errors
+
+_TRUE = ('true', '1', 'yes', 'on')
+_FALSE = ('false', '0', 'no', 'off')
+
+
+def near(key: str, known: list[str]) -> str:
+  """Returns ' Did you mean ...?' for the known names closest to `key`, or all of them."""
+  close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+  if close:
+    return f' Did you mean {" or ".join(close)}?'
+  return f' Known keys: {", ".join(sorted(known))}.'
+
+
+def cast(key: str, text: str, default: Any) -> Any:
+  """Reads `text` as the type of `default`.
+
+  Raises:
+    errors.UserError: if the text is not a value of that type.
+  """
+  try:
+    if isinstance(default, bool):
+      lowered = text.lower()
+      if lowered in _TRUE:
+        return True
+      if lowered in _FALSE:
+        return False
+      raise ValueError
+    if isinstance(default, (int, float)):
+      return type(default)(text)
+    return text
+  except ValueError:
+    raise errors.UserError(
+      f'Config key {key!r} takes a {type(default).__name__}, not {text!r}.'
+    ) from None
+
+
+def parse_arg(arg: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
+  """Parses `key=value,key=value` over `defaults`.
+
+  A value may contain commas if the parts after them hold no `=` (lists of run folders).
+
+  Args:
+    arg: the text after the colon of `--config=configs/NAME.py:...`; None or '' for none.
+    defaults: every key there is, with its default; the default's type is the key's type.
+
+  Returns:
+    A new dict with all keys of `defaults`.
+
+  Raises:
+    errors.UserError: on an unknown key (names the near ones), a bad value or a key given twice.
+  """
+  values = dict(defaults)
+  if not arg:
+    return values
+  pairs: list[str] = []
+  for part in arg.split(','):
+    if '=' in part or not pairs:
+      pairs.append(part)
+    else:
+      pairs[-1] += ',' + part
+  seen = set()
+  for pair in pairs:
+    key, equals, text = pair.partition('=')
+    key = key.strip()
+    if not equals:
+      raise errors.UserError(f'Config argument {pair!r} is not of the form key=value.')
+    if key not in defaults:
+      raise errors.UserError(f'There is no config key {key!r}.{near(key, list(defaults))}')
+    if key in seen:
+      raise errors.UserError(f'Config key {key!r} is given twice.')
+    seen.add(key)
+    values[key] = cast(key, text.strip(), defaults[key])
+  return values
+
+
+def make_config(arg: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Returns a locked, type-safe ConfigDict of `parse_arg(arg, defaults)`."""
+  config = ml_collections.ConfigDict(parse_arg(arg, defaults))
+  config.lock()
+  return config

@@ -1,0 +1,59 @@
+"""Plays episodes: data collection and evaluation are the same program.
+
+  python rollout.py --config=configs/rollout.py:model=smollm2_135m,env=household,agent=react \
+    --workdir=runs/base --config.data=generated --config.split=valid_seen --config.episodes=50
+
+Writes to the workdir: config.json, journal.jsonl (an episode is safe the moment it ends), episodes/
+(TFDS, RLDS form) and summary.json. The same command again goes on where the run was stopped. With
+`agent=expert` the scripted expert plays, through the same schema.
+"""
+
+from configs import common
+
+DEFAULTS = dict(
+  # The policy: a name of models/registry.py or a path; weights ('' published, 'random', a path).
+  model='smollm2_135m',
+  base='',
+  adapter='',  # PEFT folder
+  tokenizer='',  # path; '' is that of the weights
+  shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
+  policy='',  # name in the record; '' is 'expert', 'adapter' or 'base'
+  dtype='float32',  # or bfloat16
+  # The tasks.
+  env='household',
+  data='generated',  # 'generated', or the folder of the real games
+  split='valid_seen',
+  episodes=0,  # the first N tasks of the split; 0 is all of them
+  task_types='',  # comma list; '' is all
+  skills='official',  # household: the rules of the houses: official, warm, loop, hard
+  env_seed=0,  # of generated rules and houses
+  env_options='',  # further options of the suite: key:value;key:low-high
+  # The agent.
+  agent='react',  # plain, react, stateact, expert
+  expert_format='react',  # the format in which agent=expert writes its replies
+  expert_knows_rules=False,  # whether it is told the rules of the house, or has to find them
+  expert_thoughts=True,  # whether its replies (and few-shot examples) state its reasons
+  layout='default',  # default, paper_a, paper_b
+  prompt='short',  # short, full
+  few_shots=0,  # solved tasks of the own type from the training split
+  # Memory.
+  memory='none',  # none, hints
+  bank='',  # the JSON of python -m retrieval.hints
+  k=3,
+  retrieval='minilm',  # minilm, bm25, fixed, random
+  leave_one_out=True,
+  # The engine and the limits of an episode.
+  slots=8,
+  max_context=2048,
+  max_new_tokens=0,  # sampled tokens a call; 0 is the format's own: 32, 64, 192
+  decode_steps=8,
+  max_env_steps=50,
+  max_calls=100,
+  max_repeats=4,
+  temperature=0.0,
+  seed=0,
+)
+
+
+def get_config(arg=None):
+  return common.make_config(arg, DEFAULTS)

@@ -1,0 +1,126 @@
+"""What a set of episodes brought: one table row, its interval, and paired differences."""
+
+import collections
+import importlib.metadata
+import math
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data import errors, trajectory
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'scann', 'transformers',
+             'tensorflow-datasets', 'numpy')
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions that a measurement depends on."""
+  found = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> list[float]:
+  """Returns the 95 % Wilson score interval of a proportion, as [low, high]; [0, 1] for n = 0."""
+  if n == 0:
+    return [0.0, 1.0]
+  p = successes / n
+  centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+  half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+  return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def row(
+  episodes: Sequence[trajectory.Episode],
+  *,
+  id: str,
+  policy: str,
+  memory: str,
+  split: str,
+  seed: int,
+) -> dict[str, Any]:
+  """Returns one row of `summary.json`.
+
+  `prompt_tokens` counts the whole prompt of every model call (what an API bills, the cost in
+  arXiv 2510.01375); `prefilled_tokens` what was really computed, with the KV cache kept.
+  """
+
+  def mean(field: str) -> float:
+    return float(np.mean([getattr(e, field) for e in episodes])) if episodes else 0.0
+
+  won = sum(e.success for e in episodes)
+  return {
+    'id': id,
+    'policy': policy,
+    'memory': memory,
+    'split': split,
+    'seed': seed,
+    'n': len(episodes),
+    'success_rate': won / max(1, len(episodes)),
+    'success_ci95': wilson(won, len(episodes)),
+    'score_mean': mean('score'),
+    'env_steps_mean': mean('env_steps'),
+    'model_calls_mean': mean('model_calls'),
+    'prompt_tokens_mean': mean('prompt_tokens'),
+    'prefilled_tokens_mean': mean('prefilled_tokens'),
+    'generated_tokens_mean': mean('generated_tokens'),
+    'retrieval_tokens_mean': mean('retrieval_tokens'),
+    'invalid_actions_mean': mean('invalid_actions'),
+    'terminations': dict(sorted(collections.Counter(e.termination for e in episodes).items())),
+  }
+
+
+def paired(
+  a: Sequence[trajectory.Episode],
+  b: Sequence[trajectory.Episode],
+  *,
+  a_id: str,
+  b_id: str,
+  resamples: int = 10_000,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Returns success rate of `a` minus that of `b` over the same tasks, with a bootstrap interval.
+
+  Tasks are resampled (percentile bootstrap), so that what both policies share, the task, cancels.
+
+  Raises:
+    errors.UserError: if the two did not play the same tasks.
+  """
+  won_a = {e.task_id: float(e.success) for e in a}
+  won_b = {e.task_id: float(e.success) for e in b}
+  if won_a.keys() != won_b.keys():
+    raise errors.UserError(
+      f'{a_id} and {b_id} played different tasks ({len(won_a.keys() ^ won_b.keys())} are in one '
+      'only); compare runs over the same split.')
+  tasks = sorted(won_a)
+  difference = np.array([won_a[t] - won_b[t] for t in tasks])
+  rng = np.random.default_rng(seed)
+  means = difference[rng.integers(len(tasks), size=(resamples, len(tasks)))].mean(axis=1)
+  low, high = np.percentile(means, [2.5, 97.5])
+  return {'a': a_id, 'b': b_id, 'difference': float(difference.mean()),
+          'ci95': [float(low), float(high)], 'n': len(tasks)}
+
+
+def table(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -> str:
+  """Returns the rows, then the paired differences, as text for a terminal."""
+  lines = [f'{"policy":<18} {"n":>4}  {"success % (95 %)":<22} {"steps":>6} {"prompt tok":>10} '
+           f'{"prefilled":>9} {"generated":>9}']
+  for r in rows:
+    low, high = r['success_ci95']
+    success = f'{100 * r["success_rate"]:5.1f} ({100 * low:.1f} to {100 * high:.1f})'
+    lines.append(
+      f'{r["id"]:<18} {r["n"]:>4}  {success:<22} {r["env_steps_mean"]:>6.1f} '
+      f'{r["prompt_tokens_mean"]:>10.0f} {r["prefilled_tokens_mean"]:>9.0f} '
+      f'{r["generated_tokens_mean"]:>9.0f}')
+  for p in pairs:
+    low, high = (100 * x for x in p['ci95'])
+    verdict = '' if low > 0 or high < 0 else '  (not significant)'
+    lines.append(f'{p["a"]} - {p["b"]}: {100 * p["difference"]:+.1f} points, '
+                 f'95 % interval {low:+.1f} to {high:+.1f}{verdict}')
+  return '\n'.join(lines)

@@ -1,0 +1,222 @@
+"""Hint distillation from end to end (arXiv 2510.01375), every stage resumable.
+
+  python -m experiments.hint_distillation \
+    --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
+
+  warm_start   expert episodes of other skills -> an adapter that acts and reads hints (small models)
+  base         episodes without hints on training houses: failures, and the SFT set
+  hints        failures -> hint bank
+  teacher      episodes with the k best hints: its successes are the distillation set
+  sft          student on base's successes
+  distilled    student on the teacher's successes with hints and few-shots removed
+  evaluation   base, base+hints, sft, distilled on houses that no stage saw, paired, greedy
+
+Each stage has a folder in the workdir and is skipped when it is finished; a stopped stage goes on.
+`--dry_run` walks all of it with a shrunken random model and a few games.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import train
+from absl import flags
+
+import rollout
+from agents import policy as policy_lib
+from configs import cli
+from configs import rollout as rollout_config
+from configs import train as train_config
+from data import errors, summary, trajectory
+from envs import base as envs_base
+from experiments import warm_start
+from retrieval import hints as hints_lib
+
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
+
+# What a dry run shrinks. Everything else stays as the config says, so that what is walked is the
+# setting itself: its agent, layout, few-shots, filters and optimizer.
+_DRY = dict(
+  shrink=True, base='random', train_games=6, eval_games=4, max_env_steps=4, max_calls=6,
+  max_new_tokens=8, slots=4, dtype='float32')
+
+
+class Loop:
+  """One run of the method: its config, its folder, and the base weights, loaded once."""
+
+  def __init__(self, config, workdir: pathlib.Path, dry_run: bool = False):
+    self.config = config
+    self.workdir = workdir
+    self.dry_run = dry_run
+    self.wall_s: dict[str, float] = {}
+    self._base = None
+
+  @property
+  def base(self) -> policy_lib.Base:
+    if self._base is None:
+      c = self.config
+      self._base = policy_lib.load_base(
+        c.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=c.dtype, seed=c.seed)
+    return self._base
+
+  def stage(self, name: str, body: Callable[[pathlib.Path], dict[str, Any] | None]) -> dict:
+    """Runs `body(folder)` unless the folder says that it is finished; returns what it recorded."""
+    folder = self.workdir / name
+    done = folder / 'done.json'
+    if done.exists():
+      record = json.loads(done.read_text())
+      print(f'[{name}] finished before ({record["wall_s"]:.0f} s)', flush=True)
+    else:
+      print(f'[{name}]', flush=True)
+      folder.mkdir(parents=True, exist_ok=True)
+      started = time.perf_counter()
+      record = body(folder) or {}
+      record['wall_s'] = time.perf_counter() - started
+      _write_json(done, record)
+    self.wall_s[name] = record['wall_s']
+    return record
+
+  # What the stages share.
+
+  def rollout(self, folder: pathlib.Path, *, policy: str, adapter: str, memory: str, split: str,
+              games: int) -> list[trajectory.Episode]:
+    """Plays episodes through rollout.py's own code; the same as its command with this config."""
+    c = self.config
+    values = {key: c[key] for key in rollout_config.DEFAULTS if key in c}
+    values.update(
+      policy=policy, adapter=adapter, split=split, episodes=games, memory=memory,
+      env_options=c.loop_options, bank=str(self.bank) if memory == 'hints' else '')
+    return rollout.run(rollout_config.make(values), folder, base=self.base)
+
+  def train(self, folder: pathlib.Path, data: pathlib.Path, init_adapter: str, **changes) -> dict:
+    """Fine-tunes through train.py's own code."""
+    c = self.config
+    values = {key: c[key] for key in train_config.DEFAULTS if key in c}
+    values.update(data=str(data), init_adapter=init_adapter)
+    values.update(changes)
+    return train.run(train_config.make(values), folder, base=self.base)
+
+  @property
+  def bank(self) -> pathlib.Path:
+    return self.workdir / 'hints' / 'bank.json'
+
+  @property
+  def start_adapter(self) -> str:
+    """What all policies continue: the warm start's adapter, or nothing."""
+    return str(self.workdir / 'warm_start' / 'adapter') if self.config.warm_episodes else ''
+
+  # The stages.
+
+  def warm_start(self, folder: pathlib.Path) -> dict:
+    c = self.config
+    suite = envs_base.get_suite(
+      c.env, data=c.data, **rollout.suite_options(c.warm_options),
+      num_train=c.warm_episodes, seed=c.seed)
+    tasks = rollout.choose_tasks(suite, 'train', c.task_types, c.warm_episodes)
+    spec = rollout.agent_spec(c)
+    episodes = warm_start.play(
+      suite, tasks, self.base.tokenizer, spec, folder, k=c.k, hint_share=c.warm_hint_share,
+      rule_share=c.warm_rule_share, seed=c.seed)
+    trained = self.train(
+      folder, folder, '', drop_memory=False, epochs=c.warm_epochs,
+      learning_rate=c.warm_learning_rate, max_examples=0)
+    return {'episodes': len(episodes), 'won': sum(e.success for e in episodes),
+            'tokens': sum(len(e.tokens) for e in episodes), 'training': trained}
+
+  def collect(self, folder: pathlib.Path, memory: str) -> dict:
+    policy = 'teacher' if memory == 'hints' else 'base'
+    episodes = self.rollout(
+      folder, policy=policy, adapter=self.start_adapter, memory=memory,
+      split=self.config.train_split, games=self.config.train_games)
+    return {'episodes': len(episodes), 'won': sum(e.success for e in episodes),
+            'tokens': sum(len(e.tokens) for e in episodes)}
+
+  def hints(self, folder: pathlib.Path) -> dict:
+    bank = hints_lib.make_bank(
+      [self.workdir / 'base'], writer=self.config.writer, out=self.bank)
+    return {'hints': len(bank.hints)}
+
+  def student(self, folder: pathlib.Path, source: str) -> dict:
+    return {'training': self.train(
+      folder, self.workdir / source, self.start_adapter, drop_memory=True, drop_few_shot=True)}
+
+  def evaluate(self, folder: pathlib.Path, policy: str, memory: str) -> dict:
+    adapter = self.start_adapter
+    if policy != 'base':
+      adapter = str(self.workdir / policy / 'adapter')
+    episodes = self.rollout(
+      folder, policy=policy, adapter=adapter, memory=memory, split=self.config.eval_split,
+      games=self.config.eval_games)
+    return {'tokens': sum(len(e.tokens) for e in episodes)}
+
+  def run(self) -> dict[str, Any]:
+    """All stages; returns and writes summary.json."""
+    c = self.config
+    _open(self.workdir, {**c.to_dict(), 'dry_run': self.dry_run})
+    if c.warm_episodes:
+      self.stage('warm_start', self.warm_start)
+    self.stage('base', lambda folder: self.collect(folder, 'none'))
+    self.stage('hints', self.hints)
+    self.stage('teacher', lambda folder: self.collect(folder, 'hints'))
+    self.stage('sft', lambda folder: self.student(folder, 'base'))
+    self.stage('distilled', lambda folder: self.student(folder, 'teacher'))
+    rows, played = [], {}
+    for row_id, policy, memory in (
+        ('base', 'base', 'none'), ('base+hints', 'base', 'hints'), ('sft', 'sft', 'none'),
+        ('distilled', 'distilled', 'none')):
+      name = f'evaluation/{row_id}'
+      self.stage(name, lambda folder, p=policy, m=memory: self.evaluate(folder, p, m))
+      played[row_id] = trajectory.load_episodes(self.workdir / name)
+      rows.append(summary.row(
+        played[row_id], id=row_id, policy=policy, memory=memory, split=c.eval_split, seed=c.seed))
+    pairs = [
+      summary.paired(played[a], played[b], a_id=a, b_id=b)
+      for a, b in (('base+hints', 'base'), ('sft', 'base'), ('distilled', 'base'),
+                   ('distilled', 'sft'), ('distilled', 'base+hints'))]
+    record = {'rows': rows, 'paired': pairs, 'wall_s': self.wall_s, 'config': c.to_dict(),
+              'versions': summary.versions()}
+    _write_json(self.workdir / 'summary.json', record)
+    return record
+
+
+def _open(workdir: pathlib.Path, config: dict) -> None:
+  rollout.open_workdir(workdir, config)
+
+
+def _write_json(path: pathlib.Path, record: dict) -> None:
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(record, indent=2) + '\n')
+  os.replace(temporary, path)
+
+
+def dry(config):
+  """The config of a dry run: the same setting, a tiny model, a few games."""
+  if config.data != 'generated' and not pathlib.Path(os.path.expandvars(config.data)).is_dir():
+    print(f'{config.data} is not there: the dry run plays generated official games.', flush=True)
+    config.data = 'generated'
+    config.loop_options = 'skills:official'
+  config.update({key: value for key, value in _DRY.items() if key in config})
+  if config.warm_episodes:
+    config.warm_episodes = 8
+  return config
+
+
+def main(_):
+  config = flags.FLAGS.config
+  if _DRY_RUN.value:
+    config = dry(config)
+  workdir = pathlib.Path(flags.FLAGS.workdir)
+  if config.train_games < 1 or config.eval_games < 1:
+    raise errors.UserError('train_games and eval_games must be at least 1.')
+  record = Loop(config, workdir, _DRY_RUN.value).run()
+  print()
+  print(summary.table(record['rows'], record['paired']))
+  print(f'\n{sum(record["wall_s"].values()) / 60:.1f} min in all; {workdir / "summary.json"}')
+
+
+if __name__ == '__main__':
+  cli.define_config_flags()
+  cli.run(main)

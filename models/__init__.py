@@ -1,0 +1,1 @@
+"""Decoder, sentence encoder, adapters, key-value cache, sharding and weights."""

@@ -1,0 +1,463 @@
+"""A causal decoder of the Llama and Qwen2 families: NNX definitions, pure functions to compute.
+
+The blocks are stacked by `nnx.vmap` and run by `jax.lax.scan`. A model is split once into its graph
+definition, the adapter's state and the frozen state; everything below is a pure function of these
+three, for `jax.jit` and `jax.grad` (with respect to the adapter's state only).
+
+Axes: B batch, T tokens, L layers, D embedding, N query heads, K key-value heads, H head width,
+F feed-forward width, V vocabulary, R adapter rank.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data.errors import UserError
+from models import kv_cache, sharding
+from models.attention import attention, cached_attention
+from models.kv_cache import KVCache
+from models.layers import Linear, RMSNorm, RopeScaling, apply_rope, matmul, rope_tables
+from models.lora import LoraConfig, dropout
+
+FAMILIES = ('llama', 'qwen2')
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Architecture and arithmetic of a decoder.
+
+  Attributes:
+    name: of the registry, or of the file it came from.
+    family: 'llama' or 'qwen2'.
+    dtype: 'float32' or 'bfloat16', the operands of the products. The residual stream, norms and
+      softmax are float32 either way.
+    param_dtype: in which the kernels are kept when dtype is 'float32'; with 'bfloat16' they are
+      bfloat16. Norms, biases and adapters are always float32.
+  """
+
+  name: str
+  family: str
+  vocab_size: int
+  embed_dim: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  rope_theta: float
+  rope_scaling: RopeScaling | None = None
+  norm_eps: float = 1e-6
+  tie_embeddings: bool = False
+  qkv_bias: bool = False
+  max_position: int = 32768
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
+
+  def __post_init__(self):
+    if self.family not in FAMILIES:
+      raise UserError(f'Model family {self.family!r} is unknown; known are {", ".join(FAMILIES)}.')
+    for field in ('dtype', 'param_dtype'):
+      if getattr(self, field) not in ('float32', 'bfloat16'):
+        raise UserError(f'{field}={getattr(self, field)!r}: choose float32 or bfloat16.')
+    if self.num_heads % self.num_kv_heads:
+      raise UserError(
+        f'{self.num_heads} query heads do not divide into {self.num_kv_heads} key-value heads.'
+      )
+
+  @property
+  def weight_dtype(self) -> str:
+    return 'bfloat16' if self.dtype == 'bfloat16' else self.param_dtype
+
+
+class Attention(nnx.Module):
+  def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    self.config = config
+    width = config.num_heads * config.head_dim
+    kv_width = config.num_kv_heads * config.head_dim
+
+    def linear(name, in_dim, out_dim, axes, bias):
+      own = lora if lora is not None and name in lora.targets else None
+      return Linear(in_dim, out_dim, axes, config=config, lora=own, bias=bias, rngs=rngs)
+
+    bias = config.qkv_bias
+    self.q = linear('q', config.embed_dim, width, ('embed', 'heads'), bias)
+    self.k = linear('k', config.embed_dim, kv_width, ('embed', 'kv_heads'), bias)
+    self.v = linear('v', config.embed_dim, kv_width, ('embed', 'kv_heads'), bias)
+    self.o = linear('o', width, config.embed_dim, ('heads', 'embed'), False)
+
+  def project(self, x, adapter_x, rope):
+    """x [B, T, D] -> q [B, T, N, H] and k [B, T, K, H], rotated, and v [B, T, K, H]."""
+    split = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_dim)
+    q = apply_rope(split(self.q(x, adapter_x)), rope)
+    k = apply_rope(split(self.k(x, adapter_x)), rope)
+    return q, k, split(self.v(x, adapter_x))
+
+
+class Mlp(nnx.Module):
+  def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def linear(name, in_dim, out_dim, axes):
+      own = lora if lora is not None and name in lora.targets else None
+      return Linear(in_dim, out_dim, axes, config=config, lora=own, rngs=rngs)
+
+    self.gate = linear('gate', config.embed_dim, config.mlp_dim, ('embed', 'mlp'))
+    self.up = linear('up', config.embed_dim, config.mlp_dim, ('embed', 'mlp'))
+    self.down = linear('down', config.mlp_dim, config.embed_dim, ('mlp', 'embed'))
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and gated feed-forward, each added to the residual stream."""
+
+  def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    self.lora = lora
+    self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps)
+    self.attn = Attention(config, lora, rngs)
+    self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+    self.mlp = Mlp(config, lora, rngs)
+
+  def __call__(self, x, rope, attend, dropout_key=None):
+    """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache."""
+
+    def drop(x, index):
+      if dropout_key is None or self.lora is None or not self.lora.dropout:
+        return None
+      # One mask for each input, shared by the projections that read it (q, k, v; gate, up).
+      return dropout(x, self.lora.dropout, jax.random.fold_in(dropout_key, index))
+
+    y = self.attn_norm(x)
+    y = attend(*self.attn.project(y, drop(y, 0), rope))
+    y = y.reshape(*y.shape[:-2], -1)
+    x = x + self.attn.o(y, drop(y, 1))
+    y = self.mlp_norm(x)
+    adapter_y = drop(y, 2)
+    y = jax.nn.silu(self.mlp.gate(y, adapter_y)) * self.mlp.up(y, adapter_y)
+    return x + self.mlp.down(y, drop(y, 3))
+
+
+class Embed(nnx.Module):
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    shape = (config.vocab_size, config.embed_dim)
+    table = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
+    self.embedding = nnx.Param(table.astype(config.weight_dtype), out_sharding=('vocab', 'embed'))
+
+
+class Decoder(nnx.Module):
+  """All parameters; `blocks` is one stacked block, or a list of them when `unrolled`."""
+
+  def __init__(
+    self,
+    config: DecoderConfig,
+    lora: LoraConfig | None,
+    *,
+    rngs: nnx.Rngs,
+    unrolled: bool = False,
+  ):
+    self.config = config
+    self.embed = Embed(config, rngs)
+    if unrolled:
+      self.blocks = nnx.List([Block(config, lora, rngs) for _ in range(config.num_layers)])
+    else:
+      stack = nnx.vmap(
+        lambda rngs: Block(config, lora, rngs), transform_metadata={nnx.PARTITION_NAME: 'layers'}
+      )
+      self.blocks = nnx.split_rngs(splits=config.num_layers)(stack)(rngs)
+    self.final_norm = RMSNorm(config.embed_dim, config.norm_eps)
+    if not config.tie_embeddings:
+      axes, width = ('embed', 'vocab'), (config.embed_dim, config.vocab_size)
+      self.head = Linear(*width, axes, config=config, lora=None, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A decoder split for pure functions.
+
+  Attributes:
+    lora_config: None without an adapter.
+    graphdef: static and hashable, for `static_argnums` or a closure.
+    lora: state of `nnx.LoRAParam`, empty without an adapter: what is trained.
+    frozen: state of all other parameters.
+  """
+
+  config: DecoderConfig
+  lora_config: LoraConfig | None
+  graphdef: nnx.GraphDef
+  lora: nnx.State
+  frozen: nnx.State
+
+
+def _split(config: DecoderConfig, lora: LoraConfig | None, key: jax.Array, unrolled=False):
+  with nnx.use_eager_sharding(False):
+    decoder = Decoder(config, lora, rngs=nnx.Rngs(params=key), unrolled=unrolled)
+    return nnx.split(decoder, nnx.LoRAParam, ...)
+
+
+def abstract(
+  config: DecoderConfig, lora: LoraConfig | None = None, *, unrolled: bool = False
+) -> Model:
+  """The model's structure with `jax.ShapeDtypeStruct` leaves; allocates nothing."""
+  graphdefs = []
+
+  def states(key):
+    graphdef, *states = _split(config, lora, key, unrolled)
+    graphdefs.append(graphdef)
+    return states
+
+  states = jax.eval_shape(states, jax.random.key(0))
+  return Model(config, lora, graphdefs[0], *states)
+
+
+def create(
+  config: DecoderConfig, lora: LoraConfig | None = None, *, seed: int = 0, mesh=None
+) -> Model:
+  """Random weights, drawn into their shards."""
+  model = abstract(config, lora)
+  shardings = None
+  if mesh is not None:
+    shardings = tuple(sharding.state_shardings(s, mesh) for s in (model.lora, model.frozen))
+  init = jax.jit(lambda key: _split(config, lora, key)[1:], out_shardings=shardings)
+  return Model(config, lora, model.graphdef, *init(jax.random.key(seed)))
+
+
+def from_params(
+  config: DecoderConfig,
+  params: Mapping[str, np.ndarray],
+  lora: LoraConfig | None = None,
+  *,
+  seed: int = 0,
+  mesh=None,
+) -> Model:
+  """A model from flat arrays.
+
+  Args:
+    config: the architecture.
+    params: flat name -> array, all frozen parameters and, optionally, all of the adapter's.
+    lora: the adapter's shape; drawn with `seed` where `params` has none (B = 0: no effect yet).
+    seed: of the adapter's init.
+    mesh: where to put the arrays; None is the default device.
+
+  Raises:
+    UserError: a name is missing or unknown, or a shape differs.
+  """
+  model = abstract(config, lora)
+  wanted = dict(_flat(model.lora)) | dict(_flat(model.frozen))
+  lora_names = {name for name, _ in _flat(model.lora)}
+  given_lora = lora_names & set(params)
+  missing = set(wanted) - set(params) - (set() if given_lora else lora_names)
+  unknown = set(params) - set(wanted)
+  for names, word in ((missing, 'missing from'), (unknown, 'unknown in')):
+    if names:
+      first = ', '.join(sorted(names)[:3])
+      raise UserError(f'{len(names)} parameters are {word} the weights of {config.name}: {first}.')
+
+  def fill(state):
+    def one(name, variable):
+      want, value = variable.get_value(), params[name]
+      if tuple(value.shape) != want.shape:
+        raise UserError(f'{name} has shape {value.shape}; {config.name} needs {want.shape}.')
+      place = None
+      if mesh is not None:
+        axes = variable.get_metadata()['out_sharding']
+        place = jax.sharding.NamedSharding(mesh, sharding.spec(axes, want.shape, mesh))
+      return variable.replace(sharding.put(np.asarray(value).astype(want.dtype), place))
+
+    return _map_flat(one, state)
+
+  if lora is None or given_lora:
+    lora_state = fill(model.lora)
+  else:
+    shardings = None if mesh is None else sharding.state_shardings(model.lora, mesh)
+    init = jax.jit(lambda key: _split(config, lora, key)[1], out_shardings=shardings)
+    lora_state = init(jax.random.key(seed))
+  return Model(config, lora, model.graphdef, lora_state, fill(model.frozen))
+
+
+def _flat(state: nnx.State):
+  return [('.'.join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(state)]
+
+
+def _map_flat(function, state: nnx.State) -> nnx.State:
+  flat = nnx.to_flat_state(state)
+  return nnx.from_flat_state(
+    [(path, function('.'.join(map(str, path)), leaf)) for path, leaf in flat]
+  )
+
+
+def to_params(state: nnx.State) -> dict[str, jax.Array]:
+  """Flat name -> array of an adapter's or a frozen state."""
+  return {name: variable.get_value() for name, variable in _flat(state)}
+
+
+def merge_lora(model: Model) -> Model:
+  """Folds the adapter into the kernels: W + A B alpha / R, in float32, kept in W's dtype."""
+  if model.lora_config is None:
+    return model
+  params, adapter = to_params(model.frozen), to_params(model.lora)
+  scale = model.lora_config.scale
+
+  @jax.jit
+  def fold(kernel, a, b):
+    delta = jnp.einsum('lir,lro->lio', a, b, precision='highest') * scale
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+  for name in [n for n in adapter if n.endswith('.lora_a')]:
+    base = name.removesuffix('.lora_a')
+    params[f'{base}.kernel'] = fold(
+      params[f'{base}.kernel'], adapter[name], adapter[f'{base}.lora_b']
+    )
+  plain = abstract(model.config)
+  frozen = _map_flat(lambda name, variable: variable.replace(params[name]), plain.frozen)
+  return Model(model.config, None, plain.graphdef, plain.lora, frozen)
+
+
+def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:
+  x = model.embed.embedding.get_value()[tokens].astype(jnp.float32)
+  return sharding.constrain(x, ('batch', None, None))
+
+
+def _rope(config: DecoderConfig, positions: jax.Array):
+  return rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+
+
+def forward(
+  graphdef: nnx.GraphDef,
+  lora: nnx.State,
+  frozen: nnx.State,
+  tokens: jax.Array,
+  positions: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+  dropout_rng: jax.Array | None = None,
+  remat: str = 'none',
+) -> jax.Array:
+  """Hidden states of whole rows.
+
+  Args:
+    graphdef: static, from a `Model`.
+    lora: the adapter's state.
+    frozen: the other parameters.
+    tokens: int32 [B, T].
+    positions: int32 [B, T], of each token within its own segment.
+    segment_ids: int32 [B, T], 0 is padding; tokens see only their own segment. None: one segment.
+    dropout_rng: key for the adapter's dropout; None turns it off.
+    remat: 'none' or 'full': recompute each block in the backward pass and keep only its input.
+
+  Returns:
+    float32 [B, T, D], after the final norm.
+  """
+  model = nnx.merge(graphdef, lora, frozen)
+  config, (block_def, blocks) = model.config, nnx.split(model.blocks)
+  rope = _rope(config, positions)
+
+  def attend(q, k, v):
+    k, v = k.astype(config.dtype), v.astype(config.dtype)
+    return attention(q, k, v, segment_ids=segment_ids)
+
+  def body(x, layer):
+    state, key = layer
+    return nnx.merge(block_def, state)(x, rope, attend, key), None
+
+  if remat == 'full':
+    body = jax.checkpoint(body, prevent_cse=False)
+  elif remat != 'none':
+    raise UserError(f'remat={remat!r}: choose none or full.')
+  keys = None if dropout_rng is None else jax.random.split(dropout_rng, config.num_layers)
+  x, _ = jax.lax.scan(body, _embed(model, tokens), (blocks, keys))
+  return model.final_norm(x)
+
+
+def output_kernel(frozen: nnx.State, config: DecoderConfig) -> jax.Array:
+  """The output head as [V, D]: the tied embedding, or a transposed view of the head's kernel."""
+  params = to_params(frozen)
+  return params['embed.embedding'] if config.tie_embeddings else params['head.kernel'].T
+
+
+def logits(graphdef: nnx.GraphDef, frozen: nnx.State, hidden: jax.Array) -> jax.Array:
+  """float32 [..., V] of hidden states [..., D]; for a few rows, never for a training batch."""
+  params = to_params(frozen)
+  config = config_of(graphdef)
+  kernel = params['embed.embedding'].T if config.tie_embeddings else params['head.kernel']
+  return matmul(hidden, kernel, config.dtype, frozen=True)
+
+
+def config_of(graphdef: nnx.GraphDef) -> DecoderConfig:
+  """The config that a graph definition was made with."""
+  return next(static.value for name, static in graphdef.attributes if name == 'config')
+
+
+def prepare_for_decode(model: Model) -> Model:
+  """The same model with unstacked blocks, for `forward_cached` only.
+
+  Inside a loop of decode steps a stacked kernel is sliced, that is copied, at every step; separate
+  arrays are read where they lie.
+  """
+  unrolled = abstract(model.config, model.lora_config, unrolled=True)
+  params = to_params(model.lora) | to_params(model.frozen)
+  slices = {}
+  for name, value in params.items():
+    if name.startswith('blocks.'):
+      for layer in range(model.config.num_layers):
+        slices[f'blocks.{layer}.{name.removeprefix("blocks.")}'] = value[layer]
+    else:
+      slices[name] = value
+  fill = lambda name, variable: variable.replace(slices[name])
+  return dataclasses.replace(
+    unrolled, lora=_map_flat(fill, unrolled.lora), frozen=_map_flat(fill, unrolled.frozen)
+  )
+
+
+def forward_cached(
+  graphdef: nnx.GraphDef,
+  lora: nnx.State,
+  frozen: nnx.State,
+  tokens: jax.Array,
+  cache: KVCache,
+  lengths: jax.Array,
+  counts: jax.Array,
+  *,
+  attend_len: int,
+  slots: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache]:
+  """Extends the slots of a cache by new tokens.
+
+  Args:
+    graphdef: static, from a `Model`; fastest from `prepare_for_decode`.
+    lora: the adapter's state.
+    frozen: the other parameters.
+    tokens: int32 [B, T], the new tokens of each row, padded at the end.
+    cache: the products of attention have its dtype.
+    lengths: int32 [B], tokens already in each row's slot.
+    counts: int32 [B], valid new tokens; a row with 0 leaves its slot as it is.
+    attend_len: static; at least max(lengths + counts) over the rows with new tokens.
+    slots: int32 [B], the slot of each row, distinct among rows with new tokens; None: row b is
+      slot b and B is the number of slots. A prefill of few slots costs few rows.
+
+  Returns:
+    float32 [B, T, D] after the final norm (tokens beyond `counts` mean nothing), and the cache.
+  """
+  model = nnx.merge(graphdef, lora, frozen)
+  config = model.config
+  rope = _rope(config, lengths[:, None] + jnp.arange(tokens.shape[1]))
+  x, layers = _embed(model, tokens), []
+  for block, k_cache, v_cache in zip(_unstacked(model), cache.k, cache.v, strict=True):
+
+    def attend(q, k, v, k_cache=k_cache, v_cache=v_cache):
+      layers.append(kv_cache.extend(k_cache, v_cache, k, v, lengths, counts, slots))
+      k, v = kv_cache.read(*layers[-1], attend_len, slots)
+      return cached_attention(q, k, v, lengths)
+
+    x = block(x, rope, attend)
+  k, v = zip(*layers, strict=True)
+  return model.final_norm(x), KVCache(k, v)
+
+
+def _unstacked(model: Decoder) -> Iterator[Block]:
+  if isinstance(model.blocks, nnx.List):
+    yield from model.blocks
+    return
+  block_def, blocks = nnx.split(model.blocks)
+  for layer in range(model.config.num_layers):
+    yield nnx.merge(block_def, jax.tree.map(operator.itemgetter(layer), blocks))

@@ -1,0 +1,122 @@
+"""Known architectures, by name."""
+
+import dataclasses
+import difflib
+import math
+
+import jax
+
+from data.errors import UserError
+from models import decoder
+from models.decoder import DecoderConfig
+from models.layers import RopeScaling
+
+
+def _qwen25(name, embed, layers, heads, kv_heads, mlp, *, vocab, tied) -> DecoderConfig:
+  return DecoderConfig(
+    name=name,
+    family='qwen2',
+    vocab_size=vocab,
+    embed_dim=embed,
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=kv_heads,
+    head_dim=embed // heads,
+    mlp_dim=mlp,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tie_embeddings=tied,
+    qkv_bias=True,
+    max_position=32768,
+  )
+
+
+CONFIGS = {
+  config.name: config
+  for config in (
+    DecoderConfig(
+      name='smollm2_135m',
+      family='llama',
+      vocab_size=49152,
+      embed_dim=576,
+      num_layers=30,
+      num_heads=9,
+      num_kv_heads=3,
+      head_dim=64,
+      mlp_dim=1536,
+      rope_theta=1e5,
+      norm_eps=1e-5,
+      tie_embeddings=True,
+      max_position=8192,
+    ),
+    _qwen25('qwen25_0.5b', 896, 24, 14, 2, 4864, vocab=151936, tied=True),
+    _qwen25('qwen25_1.5b', 1536, 28, 12, 2, 8960, vocab=151936, tied=True),
+    _qwen25('qwen25_3b', 2048, 36, 16, 2, 11008, vocab=151936, tied=True),
+    _qwen25('qwen25_7b', 3584, 28, 28, 4, 18944, vocab=152064, tied=False),
+    _qwen25('qwen25_14b', 5120, 48, 40, 8, 13824, vocab=152064, tied=False),
+    DecoderConfig(
+      name='llama31_8b',
+      family='llama',
+      vocab_size=128256,
+      embed_dim=4096,
+      num_layers=32,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      mlp_dim=14336,
+      rope_theta=5e5,
+      rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+      norm_eps=1e-5,
+      max_position=131072,
+    ),
+  )
+}
+
+
+def get_config(name: str, **overrides) -> DecoderConfig:
+  """The config of that name, with fields replaced.
+
+  Raises:
+    UserError: the name or a field is unknown; the message lists the near ones.
+  """
+  if name not in CONFIGS:
+    near = difflib.get_close_matches(name, CONFIGS, n=3, cutoff=0.3) or list(CONFIGS)
+    raise UserError(f'Model {name!r} is unknown; near are {", ".join(near)}.')
+  fields = [f.name for f in dataclasses.fields(DecoderConfig)]
+  for key in overrides:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=3, cutoff=0.3) or fields
+      raise UserError(f'{key!r} is not a field of a model config; near are {", ".join(near)}.')
+  return dataclasses.replace(CONFIGS[name], **overrides)
+
+
+def shrink(
+  config: DecoderConfig,
+  *,
+  vocab_size: int = 256,
+  embed_dim: int = 64,
+  num_layers: int = 2,
+  num_heads: int = 4,
+  num_kv_heads: int = 2,
+  head_dim: int = 16,
+  mlp_dim: int = 128,
+  **overrides,
+) -> DecoderConfig:
+  """A tiny config of the same family, head, bias and rotary kind, for tests and dry runs."""
+  return dataclasses.replace(
+    config,
+    name=f'{config.name}_tiny',
+    vocab_size=vocab_size,
+    embed_dim=embed_dim,
+    num_layers=num_layers,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    mlp_dim=mlp_dim,
+    **overrides,
+  )
+
+
+def count_params(config: DecoderConfig) -> int:
+  """Frozen parameters, a tied head counted once, as `transformers` counts them."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.abstract(config).frozen))

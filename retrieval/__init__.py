@@ -1,0 +1,1 @@
+"""What an agent can look up: hints from failures, their index, and the choice of the k best."""

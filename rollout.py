@@ -1,0 +1,198 @@
+"""Plays episodes of an agent on a split: data collection and evaluation.
+
+  python rollout.py --config=configs/rollout.py:model=smollm2_135m,env=household,agent=react \
+    --workdir=runs/base --config.data=generated --config.split=valid_seen --config.episodes=50
+
+See configs/rollout.py for every key. What is slow is imported where it is needed, so that a mistake
+in the command is told at once.
+"""
+
+import ast
+import json
+import os
+import pathlib
+import sys
+import time
+
+import ml_collections
+from absl import flags
+
+import envs
+from agents import episode as episode_lib
+from agents import expert_episodes, runner
+from agents import memory as memory_lib
+from configs import cli
+from data import errors, summary, trajectory
+from envs import base as envs_base
+
+# Keys that may differ when a run is continued: they change how fast it goes, not what is played.
+_FREE_KEYS = ('slots', 'decode_steps')
+
+
+def check_workdir(workdir: pathlib.Path, config: dict) -> None:
+  """Checks that a folder that holds a run holds this one.
+
+  Raises:
+    errors.UserError: it was made with another config; names the keys that differ.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    return
+  try:
+    before = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise errors.UserError(
+      f'{path} is not readable JSON ({error}); take another --workdir.') from error
+  different = [
+    f'{key} (there {before.get(key)!r}, now {config.get(key)!r})'
+    for key in sorted(before.keys() | config.keys())
+    if key not in _FREE_KEYS and before.get(key) != config.get(key)]
+  if different:
+    raise errors.UserError(
+      f'{workdir} holds a run with another config: {", ".join(different)}; take another '
+      '--workdir, or the same config to go on.')
+
+
+def write_json(path: pathlib.Path, record: dict) -> None:
+  """Writes a JSON file, whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'{path.name}.tmp')
+  temporary.write_text(json.dumps(record, indent=2) + '\n')
+  os.replace(temporary, path)
+
+
+def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
+  """The environment suite of the config.
+
+  Raises:
+    errors.UserError: an option is malformed or unknown, or the data folder is missing.
+  """
+  options = {}
+  for pair in filter(None, config.env_options.split(';')):
+    key, colon, text = pair.partition(':')
+    try:
+      numbers = [ast.literal_eval(part) for part in text.split('-')]
+    except (SyntaxError, ValueError):
+      numbers = [text]
+    if not colon or not text:
+      raise errors.UserError(
+        f'env_options part {pair!r} is not of the form key:value or key:low-high.')
+    options[key.strip()] = numbers[0] if len(numbers) == 1 else tuple(numbers)
+  if config.env == 'household':
+    options = {
+      'skills': config.skills, 'seed': config.env_seed,
+      'task_types': [t.strip() for t in config.task_types.split(',') if t.strip()],
+      # As many games as are played; few-shot examples come from all of the training split.
+      'num_train': 0 if config.few_shots else config.episodes, 'num_valid': config.episodes,
+      **options}
+  return envs.get_suite(config.env, data=config.data, **options)
+
+
+def choose_tasks(suite: envs_base.Suite, split: str, count: int) -> list[envs_base.Task]:
+  """The first `count` tasks of a split; 0 is all of them.
+
+  Raises:
+    errors.UserError: the split does not exist, or there are fewer tasks.
+  """
+  if split not in suite.splits:
+    raise errors.UserError(
+      f'{suite.name} has no split {split!r}; it has {", ".join(suite.splits)}.')
+  tasks = suite.tasks(split)
+  if len(tasks) < max(1, count):
+    raise errors.UserError(
+      f'Split {split} has {len(tasks)} tasks of these types, not {max(1, count)}; ask for fewer, '
+      'or check the data folder.')
+  return tasks[:count] if count else tasks
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Plays what `config` (configs/rollout.py) says, or what is left of it, into `workdir`."""
+  started = time.perf_counter()
+
+  # 1. What a person can get wrong is checked before anything slow, and before anything is written.
+  expert = config.agent == 'expert'
+  spec = episode_lib.AgentSpec(
+    format=config.expert_format if expert else config.agent, layout=config.layout,
+    style=config.prompt, max_env_steps=config.max_env_steps, max_calls=config.max_calls,
+    max_repeats=config.max_repeats, max_new_tokens=config.max_new_tokens)
+  memory_lib.check_kind(config.memory)
+  if config.memory != 'none' and not config.bank:
+    raise errors.UserError('memory=hints needs bank=FILE, the bank of python -m retrieval.hints.')
+  if config.slots < 1 or config.decode_steps < 1:
+    raise errors.UserError('slots and decode_steps must be at least 1.')
+  check_workdir(workdir, config.to_dict())
+  suite = make_suite(config)
+  tasks = choose_tasks(suite, config.split, config.episodes)
+  index = None
+  if config.memory != 'none':
+    index = memory_lib.load_index(config.bank, config.retrieval, workdir / 'hint_vectors.npz')
+
+  # 2. The policy. The expert needs a tokenizer only: its replies get the ids a model would sample.
+  from agents import policy as policy_lib
+  if expert:
+    model_name = 'expert'
+    tokenizer = policy_lib.load_tokenizer(config.model, config.base, config.tokenizer)
+  else:
+    policy_lib.check_adapter(config.adapter)
+    base = policy_lib.load_base(
+      config.model, config.base, tokenizer=config.tokenizer, shrink=config.shrink,
+      dtype=config.dtype, seed=config.seed)
+    model_name, tokenizer = base.name, base.tokenizer
+    model = base.model(config.adapter)
+  write_json(workdir / 'config.json', config.to_dict())
+
+  # 3. What each episode has in its prompt, chosen once at its start (paper A, step 3).
+  memories, examples = {}, {}
+  if index is not None:
+    memories = memory_lib.retrieve_hints(
+      index, suite, tasks, config.k, method=config.retrieval,
+      leave_one_out=config.leave_one_out, seed=config.seed)
+  if config.few_shots:
+    examples = expert_episodes.few_shot_examples(
+      suite, {task.task_type for task in tasks}, tokenizer, spec, config.few_shots,
+      exclude={task.id for task in tasks}, thoughts=config.expert_thoughts)
+
+  # 4. Play.
+  policy = config.policy or ('expert' if expert else 'adapter' if config.adapter else 'base')
+  labels = episode_lib.Labels(policy, model_name, config.split, config.seed)
+  if expert:
+    episodes = runner.play_each(
+      lambda task: expert_episodes.expert_episode(
+        suite, task, tokenizer, spec, labels, thoughts=config.expert_thoughts,
+        memory=memories.get(task.id, memory_lib.NO_MEMORY),
+        examples=examples.get(task.task_type, ()),
+        known_rules=suite.rules(task) if config.expert_knows_rules else ()),
+      tasks, labels, workdir)
+  else:
+    from inference.engine import Engine, SamplingConfig
+    engine = Engine(
+      model, num_slots=min(config.slots, len(tasks)), max_len=config.max_context,
+      stop_ids=tokenizer.stop_ids, sampling=SamplingConfig(temperature=config.temperature),
+      decode_steps=config.decode_steps, cache_dtype=config.dtype, seed=config.seed)
+    episodes = runner.play(
+      engine, tokenizer, suite, tasks, spec, labels, workdir, memories=memories, examples=examples)
+
+  # 5. The row.
+  row = summary.row(
+    episodes, id=policy if config.memory == 'none' else f'{policy}+{config.memory}',
+    policy=policy, memory=config.memory, split=config.split, seed=config.seed)
+  report(workdir, row, time.perf_counter() - started, {} if expert else engine.stats.as_dict())
+
+
+def report(workdir: pathlib.Path, row: dict, seconds: float, engine_stats: dict) -> None:
+  """Writes summary.json; prints the row and by what the episodes ended."""
+  write_json(workdir / 'summary.json', {
+    'rows': [row], 'paired': [], 'wall_s': {'rollout': seconds}, 'engine': engine_stats,
+    'versions': summary.versions()})
+  print(summary.table([row]))
+  print('ended by: ' + ', '.join(f'{name} {n}' for name, n in row['terminations'].items()))
+  print(f'episodes in {workdir / trajectory.JOURNAL_NAME}', file=sys.stderr)
+
+
+def main(_):
+  run(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir))
+
+
+if __name__ == '__main__':
+  cli.define_config_flags()
+  cli.run(main)

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from agents import policy
+from data import errors
+from models import decoder, lora, weights
+from tests.agents import fakes
+
+
+@pytest.fixture(scope='module')
+def tokenizer_path(tmp_path_factory):
+  return str(fakes.tokenizer_folder(tmp_path_factory.mktemp('policy')))
+
+
+@pytest.fixture(scope='module')
+def base(tokenizer_path):
+  return policy.load_base('qwen25_7b', 'random', tokenizer=tokenizer_path, shrink=True, seed=3)
+
+
+def test_a_shrunken_model_keeps_its_family_and_fits_its_tokenizer(base):
+  assert base.config.family == 'qwen2' and base.config.vocab_size == base.tokenizer.vocab_size
+  assert base.name == 'qwen25_7b_tiny'
+
+
+def test_an_adapter_goes_on_the_same_base(base, tmp_path):
+  config = lora.LoraConfig(rank=2, alpha=4.0)
+  drawn = decoder.create(base.config, config, seed=1)
+  params = {k: np.asarray(v) for k, v in decoder.to_params(drawn.lora).items()}
+  weights.export_peft(tmp_path / 'adapter', base.config, config, params, 'tiny')
+  plain, adapted = base.model(), base.model(str(tmp_path / 'adapter'))
+  assert plain.lora_config is None and adapted.lora_config.rank == 2
+  for name, value in decoder.to_params(plain.frozen).items():
+    np.testing.assert_array_equal(value, decoder.to_params(adapted.frozen)[name])
+  for name, value in params.items():
+    np.testing.assert_array_equal(value, decoder.to_params(adapted.lora)[name])
+
+
+def test_an_adapter_that_is_none(base, tmp_path):
+  with pytest.raises(errors.UserError, match=r'no PEFT adapter'):
+    base.model(str(tmp_path))
+
+
+def test_weights_of_another_model(smollm2_path):
+  with pytest.raises(errors.UserError, match=r'is not qwen25_0.5b: its family is llama'):
+    policy.load_base('qwen25_0.5b', str(smollm2_path))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(smollm2_path, tokenizer_path, monkeypatch):
+  small = policy.registry.get_config('smollm2_135m', vocab_size=300)
+  monkeypatch.setitem(policy.registry.CONFIGS, 'smollm2_135m', small)
+  with pytest.raises(errors.UserError, match=r'449 tokens and smollm2_135m only 300'):
+    policy.load_base('smollm2_135m', 'random', tokenizer=tokenizer_path)
+
+
+def test_the_expert_s_tokenizer_is_the_model_s(smollm2_path, tokenizer_path):
+  found = policy.load_tokenizer('smollm2_135m')
+  assert found.fingerprint == policy.load_tokenizer(str(smollm2_path)).fingerprint
+  assert policy.load_tokenizer('smollm2_135m', tokenizer=tokenizer_path).vocab_size == 449

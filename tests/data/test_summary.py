@@ -1,0 +1,35 @@
+"""Intervals and paired differences against closed forms."""
+
+import types
+
+import numpy as np
+import pytest
+
+from data import errors, summary
+
+
+def _episodes(wins):
+  return [types.SimpleNamespace(task_id=str(i), success=bool(w)) for i, w in enumerate(wins)]
+
+
+def test_wilson_equals_known_values():
+  # Brown, Cai and DasGupta (2001): 0 of 10 and 5 of 10.
+  assert summary.wilson(0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
+  assert summary.wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
+  assert summary.wilson(0, 0) == [0.0, 1.0]
+
+
+def test_paired_interval_matches_the_normal_approximation():
+  rng = np.random.default_rng(0)
+  a, b = rng.random(400) < 0.7, rng.random(400) < 0.5
+  result = summary.paired(_episodes(a), _episodes(b), a_id='a', b_id='b')
+  difference = a.astype(float) - b
+  half = 1.96 * difference.std(ddof=1) / np.sqrt(400)
+  assert result['difference'] == pytest.approx(difference.mean())
+  assert result['ci95'] == pytest.approx(
+    [difference.mean() - half, difference.mean() + half], abs=0.01)
+
+
+def test_paired_refuses_other_tasks():
+  with pytest.raises(errors.UserError, match='different tasks'):
+    summary.paired(_episodes([1, 0]), _episodes([1]), a_id='a', b_id='b')

@@ -1,0 +1,207 @@
+"""The fast engine against TextWorld, the recorded expert, and its own rules."""
+
+import json
+import random
+
+import pytest
+
+from data.errors import UserError
+from envs import household, household_files, household_games, household_official
+from envs.household import NOTHING, Game, Rule
+
+_MISTAKES = ('', '  look', 'look around', 'go to nowhere 1', 'put x in y', 'use', 'take from')
+
+
+def real_folders(root, count, seed):
+  layout = household_files.find_layout(root)
+  folders = [
+    path.parent
+    for split in ('train', 'valid_seen')
+    for path in sorted((layout / split).glob('*/*/game.tw-pddl'))
+  ]
+  return random.Random(seed).sample(folders, count)
+
+
+def random_command(rng, game, admissible):
+  """Mostly what is admissible, the rarer the likelier; sometimes what is not."""
+  kind = rng.random()
+  if kind < 0.06:
+    return rng.choice(_MISTAKES)
+  if kind < 0.12:
+    verb = rng.choice(['heat', 'cool', 'clean', 'slice', 'open', 'close', 'take', 'examine', 'use'])
+    return f'{verb} {rng.choice(admissible).partition(" ")[2]}'
+  if kind < 0.18:
+    names = game.problem.thing_names + game.problem.receptacle_names
+    return f'{rng.choice(["examine", "use", "go to", "open"])} {rng.choice(names)}'
+  rare = [c for c in admissible if not c.startswith(('go to', 'help', 'inventory'))]
+  return rng.choice(rare if rare and rng.random() < 0.65 else admissible)
+
+
+def assert_equal_to_textworld(data, steps, seed):
+  pytest.importorskip('alfworld', reason='the official engine is not installed')
+  from envs.textworld import TextWorldGame
+
+  oracle, game = TextWorldGame(data), data.game()
+  assert game.reset() == oracle.reset()
+  rng = random.Random(seed)
+  commands = []
+  for _ in range(steps):
+    admissible = oracle.admissible_commands
+    assert game.admissible_commands == admissible, commands
+    commands.append(random_command(rng, game, admissible))
+    assert game.step(commands[-1]) == oracle.step(commands[-1]), commands
+    assert game.changed == oracle.changed, commands
+  assert game.reset() == oracle.reset()
+
+
+@pytest.mark.parametrize('number', range(20))
+def test_equal_to_textworld_on_real_games(hintsight_data, number):
+  folder = real_folders(hintsight_data, 20, seed=0)[number]
+  assert_equal_to_textworld(household_files.load_game(folder), steps=60, seed=number)
+
+
+@pytest.mark.parametrize('index', range(6))
+def test_equal_to_textworld_on_generated_games(index):
+  options = household_official.OfficialOptions(num_receptacles=(6, 14))
+  data = household_official.official_game(0, 'train', index, options)
+  assert_equal_to_textworld(data, steps=40, seed=index)
+
+
+def test_replays_the_recorded_expert(hintsight_data):
+  layout = household_files.find_layout(hintsight_data)
+  lines = (layout.parent / 'expert_train.jsonl').read_text().splitlines()
+  assert len(lines) > 3000
+  for line in lines[::25]:
+    episode = json.loads(line)
+    game = household_files.load_game(layout / episode['id']).game()
+    assert game.reset() == episode['initial_obs']
+    for number, (command, observation) in enumerate(episode['steps'], 1):
+      won = episode['won'] and number == len(episode['steps'])
+      assert game.step(command) == (observation, won), episode['id']
+
+
+RULES = (
+  Rule('glazed', 'fire', 'kiln', 'open'),
+  Rule('woven', 'spin', 'loom', 'closed'),
+  Rule('shiny', 'press', 'mill', 'on'),
+  Rule('round', 'roll', 'drum'),
+)
+
+
+@pytest.fixture
+def house():
+  receptacles = (
+    household_games.Receptacle('Kiln', openable=True),
+    household_games.Receptacle('Loom', openable=True, opened=True),
+    household_games.Receptacle('Mill', switchable=True),
+    household_games.Receptacle('Drum'),
+    household_games.Receptacle('Shelf'),
+  )
+  things = (household_games.Thing('Mug', 4), household_games.Thing('Cup', 4))
+  goal = '(exists (?o - object) (and (objectType ?o MugType) (hasState ?o glazed)))'
+  text = household_games.problem_text(
+    'plan', household_games.House(receptacles, things), goal,
+    [('Shelf', 'Mug'), ('Shelf', 'Cup')], {'Mug': ('pickupable',), 'Cup': ('pickupable',)},
+    random.Random(0),
+  )  # fmt: skip
+  return Game(text, 'make a glazed mug.', RULES)
+
+
+def play(game, *commands):
+  return [game.step(command)[0] for command in commands]
+
+
+def test_a_house_of_skills_explains_what_went_wrong(house):
+  assert play(house, 'fire mug 1 with kiln 1')[0] == f'{NOTHING} You are not at the kiln 1.'
+  play(house, 'go to kiln 1')
+  assert play(
+    house, 'press mug 1 with kiln 1', 'fire mug 1 with kiln 1', 'fire mug 9 with kiln 1',
+    'fly mug 1 with kiln 1 with kiln 1',
+  ) == [
+    f'{NOTHING} The kiln 1 can only fire things.',
+    f'{NOTHING} You are not holding the mug 1.',
+    NOTHING,
+    NOTHING,
+  ]  # fmt: skip
+  play(house, 'go to shelf 1', 'take mug 1 from shelf 1')
+  assert play(
+    house, 'fire mug 1 with shelf 1', 'move cup 1 to shelf 1', 'go to kiln 1',
+    'fire mug 1 with kiln 1', 'examine mug 1', 'examine kiln 1',
+  ) == [
+    NOTHING,
+    f'{NOTHING} You are not holding the cup 1.',
+    'You arrive at kiln 1. The kiln 1 is closed.',
+    f'{NOTHING} The kiln 1 must be open.',
+    "There's nothing special about mug 1.",
+    'The kiln 1 is closed. A label reads: fire things here while it is open to make them glazed.',
+  ]  # fmt: skip
+  assert not house.won
+  play(house, 'open kiln 1')
+  assert house.step('fire mug 1 with kiln 1') == (
+    'You fire the mug 1 with the kiln 1. It is now glazed.', True)  # fmt: skip
+
+
+def test_other_rules_really_work_and_preconditions_are_checked(house):
+  play(house, 'go to shelf 1', 'take mug 1 from shelf 1')
+  assert play(
+    house, 'go to drum 1', 'roll mug 1 with drum 1', 'examine drum 1', 'go to loom 1',
+    'spin mug 1 with loom 1', 'close loom 1', 'spin mug 1 with loom 1', 'go to mill 1',
+    'press mug 1 with mill 1', 'use mill 1', 'press mug 1 with mill 1', 'use mill 1',
+    'examine mug 1',
+  ) == [
+    'You arrive at drum 1. On the drum 1, you see nothing.',
+    'You roll the mug 1 with the drum 1. It is now round.',
+    'On the drum 1, you see nothing. A label reads: roll things here to make them round.',
+    'You arrive at loom 1. The loom 1 is open. In it, you see nothing.',
+    f'{NOTHING} The loom 1 must be closed.',
+    'You close the loom 1.',
+    'You spin the mug 1 with the loom 1. It is now woven.',
+    'You arrive at mill 1. On the mill 1, you see nothing.',
+    f'{NOTHING} The mill 1 must be on.',
+    'You turn on the mill 1.',
+    'You press the mug 1 with the mill 1. It is now shiny.',
+    'You turn off the mill 1.',
+    'This is a round and shiny and woven mug 1.',
+  ]  # fmt: skip
+  assert not house.won
+
+
+def test_admissible_commands_are_those_that_do_something(house):
+  rng = random.Random(1)
+  for _ in range(200):
+    admissible = house.admissible_commands
+    assert admissible == sorted(set(admissible))
+    observation, _ = house.step(rng.choice(admissible))
+    assert not observation.startswith(NOTHING)
+
+
+def test_reset_forgets_everything(house):
+  first = house.reset()
+  play(house, 'go to kiln 1', 'open kiln 1', 'go to shelf 1', 'take mug 1 from shelf 1')
+  assert house.reset() == first
+  assert play(house, 'inventory', 'go to kiln 1')[1] == (
+    'You arrive at kiln 1. The kiln 1 is closed.')  # fmt: skip
+
+
+def test_names_are_numbered_downwards_and_basins_are_named():
+  ids = ['mug_bar_b', 'mug_bar_a', 'sink_bar_x_bar_sinkbasin', 'agent1']
+  assert household.demangle(ids) == {
+    'mug_bar_a': 'mug 2', 'mug_bar_b': 'mug 1', 'sink_bar_x_bar_sinkbasin': 'sinkbasin 1',
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['', '(define', '(:init (atLocation a l)) (:goal (and))', '(:init'],
+)
+def test_no_problem_is_one_sentence(text):
+  with pytest.raises(UserError):
+    Game(text, 'nothing.')
+
+
+def test_goals_that_the_game_does_not_know_are_named(house):
+  text = household_games.skill_game('loop', 0, 'train', 0).problem
+  with pytest.raises(UserError, match='unknown predicate: tasty'):
+    Game(text.replace('hasState', 'tasty'), 'x.', RULES)
+  with pytest.raises(UserError, match='cut off'):
+    Game(text[: text.index('(:goal') + 40], 'x.', RULES)

@@ -1,0 +1,136 @@
+"""The suite: what an agent sees of a household task."""
+
+import subprocess
+import sys
+
+import pytest
+
+import envs
+from data.errors import UserError
+from envs.household import NOTHING
+
+
+def won(suite, task, max_steps=50, **options):
+  environment = suite.make(task)
+  observation = environment.reset()
+  expert = suite.expert(task, **options)
+  for _ in range(max_steps):
+    result = environment.step(expert.act(observation).action)
+    observation = result.observation
+    if result.done:
+      return result.won
+  return False
+
+
+def test_tasks_are_generated_and_played():
+  suite = envs.get_suite('household', skills='loop', num_train=8, num_valid=4)
+  assert suite.splits == ('train', 'valid_seen', 'valid_unseen')
+  assert [len(suite.tasks(split)) for split in suite.splits] == [8, 4, 4]
+  task = suite.tasks('valid_unseen')[1]
+  assert task.env == 'household' and task.split == 'valid_unseen'
+  assert task.task_type == 'make_state_then_place' and task.instruction.startswith('put a ')
+  assert '{verb} {object} with {receptacle}' in suite.action_templates
+  room = suite.make(task).reset()
+  assert room.startswith('You are in the middle of a room.') and room.endswith('.')
+  assert 'task' not in room and '-=' not in room
+  assert all(won(suite, task, known_rules=suite.rules(task)) for task in suite.tasks('train'))
+
+
+def test_results_tell_invalid_and_idle_actions_apart():
+  suite = envs.get_suite('household', skills='loop', num_train=1)
+  environment = suite.make(suite.tasks('train')[0])
+  environment.reset()
+  first = next(c for c in environment.admissible_commands() if c.startswith('go to'))
+  result = environment.step('dance')
+  assert (result.observation, result.valid, result.changed) == (NOTHING, False, False)
+  result = environment.step(first)
+  assert result.valid and result.changed and not result.done and result.reward == 0.0
+  place = first.removeprefix('go to ')
+  result = environment.step(f'examine {place}')
+  assert result.valid and result.changed  # news
+  result = environment.step(f'examine {place}')
+  assert result.valid and not result.changed
+  result = environment.step(first)
+  assert not result.valid and not result.changed
+  environment.reset()
+  assert environment.step(first).changed
+
+
+def test_task_types_and_sizes_are_options():
+  suite = envs.get_suite(
+    'household', skills='hard', task_types=['make_state'], num_train=5, num_appliances=8,
+    num_surfaces=1,
+  )  # fmt: skip
+  for task in suite.tasks('train'):
+    assert task.task_type == 'make_state' and len(suite.rules(task)) == 8
+  official = envs.get_suite('household', num_train=12, task_types=['pick_two_obj_and_place'])
+  assert {task.task_type for task in official.tasks('train')} == {'pick_two_obj_and_place'}
+
+
+def test_written_games_are_read_again(tmp_path):
+  command = [sys.executable, '-m', 'envs.household_generate', f'--out={tmp_path}', '--skills=loop']
+  subprocess.run([*command, '--num_train=3', '--num_valid=2'], check=True, capture_output=True)
+  suite = envs.get_suite('household', data=str(tmp_path))
+  assert [len(suite.tasks(split)) for split in suite.splits] == [3, 2, 2]
+  memory = envs.get_suite('household', skills='loop', num_train=3, num_valid=2)
+  for split in suite.splits:
+    for read, made in zip(suite.tasks(split), sorted(memory.tasks(split), key=lambda t: t.id)):
+      assert (read.id, read.instruction) == (made.id, made.instruction)
+      assert suite.make(read).reset() == memory.make(made).reset()
+      assert suite.rules(read) == memory.rules(made)
+      assert won(suite, read)
+
+
+@pytest.mark.parametrize('split, count', [('valid_seen', 140), ('train', 100)])
+def test_the_expert_wins_real_games(hintsight_data, split, count):
+  suite = envs.get_suite('household', data=str(hintsight_data))
+  tasks = suite.tasks(split)
+  tasks = tasks[:: len(tasks) // count]
+  wins = [won(suite, task) for task in tasks]
+  assert sum(wins) >= 0.95 * len(wins)
+
+
+def test_textworld_plays_a_suite():
+  pytest.importorskip('alfworld', reason='the official engine is not installed')
+  options = dict(num_train=1, num_receptacles=(6, 8), task_types=['pick_and_place_simple'])
+  fast = envs.get_suite('household', **options)
+  slow = envs.get_suite('household', engine='textworld', **options)
+  task = slow.tasks('train')[0]
+  assert task == fast.tasks('train')[0]
+  one, other = fast.make(task), slow.make(task)
+  assert one.reset() == other.reset()
+  for command in (*one.admissible_commands()[:2], 'dance', 'look'):
+    assert one.step(command) == other.step(command)
+  assert one.admissible_commands() == other.admissible_commands()
+
+
+def test_a_missing_textworld_is_one_sentence(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'textworld', None)
+  suite = envs.get_suite('household', engine='textworld', num_train=1)
+  with pytest.raises(UserError, match='pip install'):
+    suite.make(suite.tasks('train')[0])
+
+
+@pytest.mark.parametrize(
+  'options, word',
+  [
+    ({'name': 'garden'}, 'garden'),
+    ({'skill': 'loop'}, 'skills'),
+    ({'skills': 'lop'}, 'lop'),
+    ({'engine': 'slow'}, 'engine'),
+    ({'engine': 'textworld', 'skills': 'loop'}, 'official'),
+    ({'data': '/nowhere'}, '/nowhere'),
+    ({'num_surfaces': (1, 2, 3), 'skills': 'loop'}, 'num_surfaces'),
+    ({'num_train': -1}, 'num_train'),
+    ({'precondition_rate': 2.0, 'skills': 'loop'}, 'precondition_rate'),
+    ({'task_types': ['make_state']}, 'make_state'),
+  ],
+)
+def test_bad_options_are_one_sentence(options, word):
+  with pytest.raises(UserError, match=word):
+    envs.get_suite(options.pop('name', 'household'), **options)
+
+
+def test_an_unknown_split_is_one_sentence():
+  with pytest.raises(UserError, match='test'):
+    envs.get_suite('household').tasks('test')

@@ -1,0 +1,124 @@
+"""The train step on a tiny model: packing changes nothing, one trace, one result on any mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import decoder, registry, sharding
+from models.lora import LoraConfig
+from training import optimizer as optimizer_lib
+from training import packing
+from training import step as step_lib
+
+CONFIG = registry.shrink(registry.get_config('qwen25_7b'), vocab_size=96, num_layers=2)
+
+
+def make_examples(lengths=(13, 7, 20, 5, 9, 11, 16, 3)):
+  rng = np.random.default_rng(0)
+  return [
+    packing.Example(rng.integers(0, 96, n).astype(np.int32), rng.random(n) < 0.6, str(i))
+    for i, n in enumerate(lengths)
+  ]
+
+
+@pytest.fixture(scope='module')
+def model():
+  model = decoder.create(CONFIG, LoraConfig(4, 8), seed=0)
+  # B = 0 would leave A without a gradient.
+  shake = lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape)
+  return dataclasses.replace(model, lora=jax.tree.map(shake, model.lora))
+
+
+def make_step(model, mesh, num_steps=6, **options):
+  schedule = optimizer_lib.make_schedule('linear', 1e-2, num_steps, 0.1)
+  optimizer = optimizer_lib.make_optimizer(schedule, weight_decay=0.01, clip_norm=1.0)
+  # The step donates its state; the fixture's arrays must live on.
+  model = dataclasses.replace(model, lora=jax.tree.map(jnp.copy, model.lora))
+  placed = lambda state: jax.device_put(state, sharding.state_shardings(state, mesh))
+  model = dataclasses.replace(model, lora=placed(model.lora), frozen=placed(model.frozen))
+  state, shardings = step_lib.init_state(model, optimizer, mesh)
+  train_step = step_lib.make_train_step(
+    model, optimizer, schedule, shardings, mesh, seed=3, **options
+  )
+  return state, train_step, model.frozen
+
+
+def put(batch, mesh):
+  return jax.device_put(batch, step_lib.batch_shardings(mesh))
+
+
+def gradient(model, rows):
+  batches = packing.Batches(rows, batch_rows=rows.num_rows, budget_multiple=1)
+  micro = jax.tree.map(lambda x: x[0], batches[0])
+  loss = lambda lora: step_lib.batch_loss(model.graphdef, lora, model.frozen, micro)[0]
+  value, grads = jax.jit(jax.value_and_grad(loss))(model.lora)
+  return float(value), decoder.to_params(grads)
+
+
+def test_packed_equals_unpacked(model):
+  examples = make_examples()
+  packed = packing.pack(examples, 28)
+  assert packed.segment_ids.max() >= 2
+  loss, grads = gradient(model, packed)
+  sums = [gradient(model, packing.pack([e], 28)) for e in examples]
+  np.testing.assert_allclose(loss, sum(s[0] for s in sums), rtol=1e-5)
+  for name, grad in grads.items():
+    want = sum(np.asarray(s[1][name]) for s in sums)
+    np.testing.assert_allclose(grad, want, rtol=1e-3, atol=1e-5 * np.abs(want).max(), err_msg=name)
+
+
+def test_loss_equals_dense_logits(model):
+  rows = packing.pack(make_examples(), 28)
+  hidden = decoder.forward(
+    model.graphdef, model.lora, model.frozen, rows.tokens, rows.positions,
+    segment_ids=rows.segment_ids,
+  )
+  logprobs = jax.nn.log_softmax(decoder.logits(model.graphdef, model.frozen, hidden))
+  picked = jnp.take_along_axis(logprobs[:, :-1], rows.tokens[:, 1:, None], -1)[..., 0]
+  want = -(picked * rows.loss_mask[:, 1:]).sum()
+  np.testing.assert_allclose(gradient(model, rows)[0], want, rtol=1e-5)
+
+
+def test_one_trace_over_several_steps_and_the_loss_falls(model):
+  mesh = sharding.make_mesh(2, 2, 2)
+  rows = packing.pack(make_examples(), 20)
+  batches = packing.Batches(rows, batch_rows=4, grad_accum=2, epochs=5, num_shards=4)
+  state, train_step, frozen = make_step(model, mesh, batches.num_steps)
+  losses = []
+  for step in range(5):
+    state, metrics = train_step(state, frozen, put(batches[step], mesh))
+    losses.append(float(metrics['loss']))
+  assert train_step._cache_size() == 1
+  assert int(state.step) == 5 and losses[-1] < losses[0] - 0.2
+
+
+def test_accumulation_and_mesh_change_nothing(model):
+  rows = packing.pack(make_examples(), 20)
+  results = []
+  for sizes, batch_rows, accum in (((1, 1, 1), 4, 1), ((1, 1, 1), 2, 2), ((2, 2, 2), 4, 1)):
+    mesh = sharding.make_mesh(*sizes)
+    batches = packing.Batches(
+      rows, batch_rows=batch_rows, grad_accum=accum, num_shards=sizes[0] * sizes[1]
+    )
+    state, train_step, frozen = make_step(model, mesh, label_smoothing=0.1)
+    _, metrics = train_step(state, frozen, put(batches[0], mesh))
+    results.append([float(metrics[k]) for k in ('loss', 'accuracy', 'grad_norm', 'loss_tokens')])
+  np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
+  np.testing.assert_allclose(results[2], results[0], rtol=1e-5)
+
+
+def test_dropout_depends_on_seed_and_step(model):
+  model = dataclasses.replace(model, lora_config=LoraConfig(4, 8, dropout=0.5))
+  dropped = decoder.create(CONFIG, model.lora_config)
+  model = dataclasses.replace(model, graphdef=dropped.graphdef)
+  mesh = sharding.make_mesh(1, 1, 1)
+  batch = put(packing.Batches(packing.pack(make_examples(), 20), batch_rows=4)[0], mesh)
+  state, train_step, frozen = make_step(model, mesh)
+  losses = []
+  for step in (0, 0, 1):
+    start = jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(step))
+    losses.append(float(train_step(start, frozen, batch)[1]['loss']))
+  assert losses[0] == losses[1] != losses[2]

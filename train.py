@@ -1,0 +1,270 @@
+"""Fine-tunes a LoRA adapter on episodes.
+
+  python train.py --config=configs/train.py:data=runs/teacher --workdir=runs/distilled
+
+See configs/train.py for every key. The same command again goes on where a stopped run was, and ends
+with the same adapter, bit for bit, as a run that was never stopped.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+from configs import cli
+from data import errors, summary, trajectory
+from data import workdir as workdir_lib
+from training import dataset
+
+# Keys that may differ when a run is continued: they change how it is watched, not what is learnt.
+_FREE_KEYS = ('checkpoint_every', 'log_every')
+
+
+def load_data(config) -> tuple[list, dict[str, int], set[str]]:
+  """Examples of all run folders in `config.data`, the rules' counts, the tokenizers' fingerprints.
+
+  Raises:
+    UserError: no folder is named, one holds no episodes, or none of them passes the rules.
+  """
+  folders = [part.strip() for part in config.data.split(',') if part.strip()]
+  if not folders:
+    raise errors.UserError('data is empty; give data=RUN, the --workdir of a rollout.')
+  rules = dataset.Rules(
+    success_only=config.success_only,
+    max_invalid=config.max_invalid,
+    drop_memory=config.drop_memory,
+    drop_few_shot=config.drop_few_shot,
+    loss_on=config.loss_on,
+    max_examples=config.max_examples,
+    seed=config.seed,
+  )
+  episodes = [e for folder in folders for e in trajectory.load_episodes(folder)]
+  examples, counts = dataset.build(episodes, rules)
+  return examples, counts, {episode.tokenizer for episode in episodes}
+
+
+def choose_mesh(text: str, batch_rows: int):
+  """The mesh of 'data,fsdp,tensor' sizes; 'auto' puts as many devices on data as divide the rows.
+
+  Raises:
+    UserError: not three sizes, not as many devices, or rows that do not divide.
+  """
+  import jax
+
+  from models import sharding
+
+  if text == 'auto':
+    sizes = [math.gcd(batch_rows, jax.device_count()), 1, 1]
+  else:
+    try:
+      sizes = [int(size) for size in text.split(',')]
+    except ValueError:
+      sizes = []
+    if len(sizes) != 3:
+      raise errors.UserError(f'mesh={text!r}: give auto or three sizes data,fsdp,tensor.')
+  mesh = sharding.make_mesh(*sizes)
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch_rows % shards:
+    raise errors.UserError(
+      f'batch_rows={batch_rows} does not divide into the {shards} data and fsdp shards of the mesh.'
+    )
+  return mesh
+
+
+def make_model(config, base, mesh):
+  """The base with a fresh adapter, or with the one to continue.
+
+  Raises:
+    UserError: `init_adapter` is missing, broken, or of another shape than the config asks for.
+  """
+  import numpy as np
+
+  from models import decoder, weights
+  from models.lora import LoraConfig
+
+  targets = tuple(name.strip() for name in config.targets.split(',') if name.strip())
+  lora = LoraConfig(config.rank, config.alpha, config.dropout, targets)
+  params = base.params
+  if params is None:
+    random = decoder.create(base.config, seed=base.seed)
+    params = {name: np.asarray(value) for name, value in decoder.to_params(random.frozen).items()}
+  adapter = {}
+  if config.init_adapter:
+    found, adapter = weights.load_peft(config.init_adapter, base.config)
+    for name in ('rank', 'alpha', 'targets'):
+      if getattr(found, name) != getattr(lora, name):
+        raise errors.UserError(
+          f'{config.init_adapter} has {name} {getattr(found, name)}, not {getattr(lora, name)}; '
+          f'set {name} to its value to continue it.'
+        )
+  return decoder.from_params(base.config, {**params, **adapter}, lora, seed=config.seed, mesh=mesh)
+
+
+def run(config, workdir: str | pathlib.Path, base=None) -> dict:
+  """Trains, or goes on, or does nothing where the run is finished; returns summary.json's content.
+
+  Args:
+    config: as configs/train.py makes it.
+    workdir: the run's folder.
+    base: an `agents.policy.Base` that is loaded already; None loads what the config names.
+  """
+  started = time.perf_counter()
+  workdir = pathlib.Path(workdir)
+  if config.batch_rows < 1 or config.grad_accum < 1 or config.row_len < 2 or config.epochs <= 0:
+    raise errors.UserError('batch_rows, grad_accum, row_len and epochs must be positive.')
+  if config.log_every < 1 or config.checkpoint_every < 1:
+    raise errors.UserError('log_every and checkpoint_every must be at least 1.')
+  examples, counts, fingerprints = load_data(config)
+  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
+  summary_path = workdir / 'summary.json'
+  if summary_path.exists():
+    print(f'{workdir} is finished already.', file=sys.stderr)
+    return json.loads(summary_path.read_text())
+
+  import jax
+
+  from agents.policy import load_base
+  from models import decoder, weights
+  from training import optimizer as optimizer_lib
+  from training import packing, speed
+  from training import step as step_lib
+  from training.checkpoint import Checkpoints
+  from training.metrics import Metrics
+
+  # Mesh, model and data.
+  mesh = choose_mesh(config.mesh, config.batch_rows)
+  if base is None:
+    base = load_base(
+      config.model,
+      config.base,
+      tokenizer=config.tokenizer,
+      shrink=config.shrink,
+      dtype=config.dtype,
+      seed=config.seed,
+    )
+  if fingerprints != {base.tokenizer.fingerprint}:
+    raise errors.UserError(
+      f'The episodes were tokenised by {", ".join(sorted(f[:12] for f in fingerprints))}, the '
+      f'tokenizer of {base.name} is {base.tokenizer.fingerprint[:12]}; train the model that played '
+      'them.'
+    )
+  rows = packing.pack(examples, config.row_len)
+  counts['too_long'] = len(rows.too_long)
+  print('episodes: ' + ', '.join(f'{name} {n}' for name, n in counts.items()), file=sys.stderr)
+  if not rows.num_loss_tokens:
+    raise errors.UserError(
+      f'No example fits into row_len={config.row_len} with a token to train; the shortest has '
+      f'{min(len(e.tokens) for e in examples)} tokens.'
+    )
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  batches = packing.Batches(
+    rows,
+    batch_rows=config.batch_rows,
+    grad_accum=config.grad_accum,
+    epochs=config.epochs,
+    seed=config.seed,
+    num_shards=shards,
+  )
+  model = make_model(config, base, mesh)
+
+  # Optimizer, step, and the state: new, or of the newest checkpoint.
+  schedule = optimizer_lib.make_schedule(
+    config.schedule, config.learning_rate, batches.num_steps, config.warmup_fraction
+  )
+  optimizer = optimizer_lib.make_optimizer(
+    schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+  )
+  state, shardings = step_lib.init_state(model, optimizer, mesh)
+  train_step = step_lib.make_train_step(
+    model,
+    optimizer,
+    schedule,
+    shardings,
+    mesh,
+    seed=config.seed,
+    label_smoothing=config.label_smoothing,
+    remat=config.remat,
+  )
+  checkpoints = Checkpoints(
+    workdir / 'checkpoints',
+    {'rows': rows.digest(), 'seed': config.seed, 'num_steps': batches.num_steps},
+  )
+  state = checkpoints.restore(state, shardings) or state
+  start = int(state.step)
+
+  # What it will take.
+  places = config.grad_accum * config.batch_rows * config.row_len
+  loss_places = config.grad_accum * shards * batches.loss_budget
+  flops = speed.train_flops(
+    base.config, model.lora_config, places, loss_places, config.row_len
+  ) * (batches.num_steps - start)
+  minutes = speed.predict_seconds(flops, config.dtype, mesh.size) / 60
+  print(
+    f'training: {rows.num_examples} examples in {rows.num_rows} rows of {config.row_len} '
+    f'({rows.efficiency:.0%} full), {batches.num_tokens} tokens, {batches.num_loss_tokens} with a '
+    f'loss; steps {start} to {batches.num_steps} on {mesh.size} of {jax.device_count()} devices, '
+    f'about {minutes:.1f} min',
+    file=sys.stderr,
+  )
+
+  # The loop. A step's metrics are read while the next one runs.
+  place = step_lib.batch_shardings(mesh)
+  metrics = Metrics(workdir / 'metrics.jsonl', batches.num_steps, start, config.log_every)
+  loop_started, pending = time.perf_counter(), None
+  for step in range(start, batches.num_steps):
+    batch = batches[step]
+    num_tokens = int((batch['segment_ids'] > 0).sum())
+    state, values = train_step(state, model.frozen, jax.device_put(batch, place))
+    if pending:
+      metrics.add(*pending)
+    pending = (step, values, num_tokens)
+    if (step + 1) % config.checkpoint_every == 0 or step + 1 == batches.num_steps:
+      # Also keeps a state that is not finite from being saved.
+      metrics.add(*pending)
+      pending = None
+      checkpoints.save(state)
+  metrics.close()
+  checkpoints.close()
+  loop_s = time.perf_counter() - loop_started
+
+  # The adapter for others, and the record.
+  weights.export_peft(
+    workdir / 'adapter',
+    base.config,
+    model.lora_config,
+    jax.device_get(decoder.to_params(state.lora)),
+    base.name,
+  )
+  record = {
+    'steps': batches.num_steps,
+    'tokens': batches.num_tokens,
+    'loss_tokens': batches.num_loss_tokens,
+    'episodes': counts,
+    'rows': rows.num_rows,
+    'packing_efficiency': rows.efficiency,
+    'resumed_at': start,
+    'tokens_per_s': metrics.tokens / loop_s if metrics.tokens else None,
+    'wall_s': time.perf_counter() - started,
+    'train_s': loop_s,
+    'predicted_s': minutes * 60,
+    'loss': metrics.last_loss,
+    'versions': summary.versions(),
+  }
+  workdir_lib.write_json(summary_path, record)
+  return record
+
+
+def main(_):
+  record = run(flags.FLAGS.config, flags.FLAGS.workdir)
+  print(
+    f'{record["steps"]} steps, {record["tokens"]} tokens, loss {record["loss"]:.4f}, '
+    f'{record["wall_s"] / 60:.1f} min; adapter in {flags.FLAGS.workdir}/adapter'
+  )
+
+
+if __name__ == '__main__':
+  cli.define_config_flags()
+  cli.run(main)

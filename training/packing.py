@@ -1,0 +1,209 @@
+"""Packing of examples into rows, and batches of rows that a counter alone determines.
+
+Axes: R rows of the data set, B rows of a micro-batch, A micro-batches of a step, T tokens of a row,
+G shards of a micro-batch, M loss tokens of a shard.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One training sequence.
+
+  Attributes:
+    tokens: int32 [n].
+    loss_mask: bool [n], True for tokens whose prediction is trained. The first token of a sequence
+      has nothing that predicts it and never counts.
+    id: of the episode it comes from.
+  """
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+  id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Packed rows.
+
+  Attributes:
+    tokens: int32 [R, T], 0 in the padding.
+    segment_ids: int32 [R, T], 1, 2, ... within a row, 0 is padding.
+    positions: int32 [R, T], counted within each segment.
+    loss_mask: bool [R, T], on the tokens that are predicted.
+    num_examples: examples that were packed.
+    too_long: ids of the examples longer than a row, which were left out.
+  """
+
+  tokens: np.ndarray
+  segment_ids: np.ndarray
+  positions: np.ndarray
+  loss_mask: np.ndarray
+  num_examples: int
+  too_long: tuple[str, ...]
+
+  @property
+  def num_rows(self) -> int:
+    return self.tokens.shape[0]
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens that are not padding."""
+    return int((self.segment_ids > 0).sum())
+
+  @property
+  def num_loss_tokens(self) -> int:
+    return int(self.loss_mask.sum())
+
+  @property
+  def efficiency(self) -> float:
+    """Share of the rows' places that hold a token, 0 to 1."""
+    return self.num_tokens / max(1, self.tokens.size)
+
+  def digest(self) -> str:
+    """Names the packed data: a resumed run must see the same rows."""
+    digest = hashlib.sha256(repr(self.tokens.shape).encode())
+    for array in (self.tokens, self.segment_ids, self.loss_mask):
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def pack(examples: Sequence[Example], row_len: int) -> Rows:
+  """Best-fit decreasing: longest first, each into the fullest row that still takes it.
+
+  Deterministic: ties go by the order of the examples and of the rows.
+
+  Args:
+    examples: any number, of any lengths; empty ones are not packed.
+    row_len: T.
+
+  Returns:
+    Rows; examples longer than a row are left out and listed.
+  """
+  too_long = tuple(e.id for e in examples if len(e.tokens) > row_len)
+  fitting = [e for e in examples if 0 < len(e.tokens) <= row_len]
+  rows: list[list[Example]] = []
+  spaces: list[tuple[int, int]] = []  # (free places, row), sorted
+  for example in sorted(fitting, key=lambda e: -len(e.tokens)):
+    length = len(example.tokens)
+    found = bisect.bisect_left(spaces, (length, -1))
+    if found == len(spaces):
+      rows.append([])
+      free, row = row_len, len(rows) - 1
+    else:
+      free, row = spaces.pop(found)
+    rows[row].append(example)
+    bisect.insort(spaces, (free - length, row))
+
+  shape = (len(rows), row_len)
+  tokens, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(3))
+  loss_mask = np.zeros(shape, bool)
+  for row, members in enumerate(rows):
+    start = 0
+    for segment, example in enumerate(members, 1):
+      length = len(example.tokens)
+      place = slice(start, start + length)
+      tokens[row, place] = example.tokens
+      segment_ids[row, place] = segment
+      positions[row, place] = np.arange(length)
+      loss_mask[row, place] = example.loss_mask
+      loss_mask[row, start] = False
+      start += length
+  return Rows(tokens, segment_ids, positions, loss_mask, len(fitting), too_long)
+
+
+class Batches:
+  """The batches of a run; batch `step` depends on (rows, seed, step) and nothing else.
+
+  Every epoch visits all rows once in an order of its own; an epoch's last batch is filled up with
+  empty rows. The head is computed for loss tokens only, a static number of them: `loss_budget` is
+  the largest number in any shard of any batch of the run.
+  """
+
+  def __init__(
+    self,
+    rows: Rows,
+    *,
+    batch_rows: int,
+    grad_accum: int = 1,
+    epochs: float = 1.0,
+    seed: int = 0,
+    num_shards: int = 1,
+    budget_multiple: int = 32,
+  ):
+    """Plans the run.
+
+    Args:
+      rows: the packed data, at least one row.
+      batch_rows: B, rows of a micro-batch.
+      grad_accum: A, micro-batches of a step.
+      epochs: passes over the rows; a fraction is rounded up to a whole step.
+      seed: of the orders.
+      num_shards: G, shards of a micro-batch's rows; divides B.
+      budget_multiple: the loss budget is rounded up to it.
+    """
+    if batch_rows % num_shards:
+      raise ValueError(f'{batch_rows} rows do not divide into {num_shards} shards.')
+    self._rows, self._seed = rows, seed
+    self._shape = (grad_accum, batch_rows)
+    self._shards = num_shards
+    self.steps_per_epoch = math.ceil(rows.num_rows / (batch_rows * grad_accum))
+    self.num_steps = math.ceil(epochs * self.steps_per_epoch - 1e-9)
+    self._order = (-1, np.zeros(0, np.int64))
+    # One more, empty, row to fill up with.
+    per_row = np.append(rows.loss_mask.sum(axis=1), 0)
+    tokens = np.append((rows.segment_ids > 0).sum(axis=1), 0)
+    most, self.num_tokens, self.num_loss_tokens = 0, 0, 0
+    for step in range(self.num_steps):
+      picked = self._pick(step)
+      most = max(most, int(per_row[picked].reshape(grad_accum, num_shards, -1).sum(-1).max()))
+      self.num_tokens += int(tokens[picked].sum())
+      self.num_loss_tokens += int(per_row[picked].sum())
+    self.loss_budget = max(1, math.ceil(most / budget_multiple)) * budget_multiple
+
+  def _pick(self, step: int) -> np.ndarray:
+    """Row indices [A, B] of a step; `num_rows` stands for the empty row."""
+    epoch, place = divmod(step, self.steps_per_epoch)
+    if self._order[0] != epoch:
+      order = np.random.default_rng((self._seed, epoch)).permutation(self._rows.num_rows)
+      fill = self.steps_per_epoch * math.prod(self._shape) - len(order)
+      self._order = (epoch, np.append(order, np.full(fill, self._rows.num_rows)))
+    size = math.prod(self._shape)
+    return self._order[1][place * size : (place + 1) * size].reshape(self._shape)
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    """The batch of a step, 0 <= step < num_steps.
+
+    Returns:
+      int32 [A, B, T] 'tokens', 'segment_ids', 'positions'; and of the loss tokens [A, G, M]:
+      int32 'loss_index' (the place that predicts it, within the shard's B / G * T places), int32
+      'loss_target', float32 'loss_weight' (0 in the unused part of the budget).
+    """
+    picked = self._pick(step)
+    row = np.minimum(picked, self._rows.num_rows - 1)
+    real = (picked < self._rows.num_rows)[..., None]
+    batch = {
+      name: np.where(real, getattr(self._rows, name)[row], 0)
+      for name in ('tokens', 'segment_ids', 'positions')
+    }
+    accum, size = self._shape
+    shards = (accum, self._shards, -1)
+    mask = np.where(real, self._rows.loss_mask[row], False).reshape(shards)
+    tokens = batch['tokens'].reshape(shards)
+    index, target = (np.zeros((accum, self._shards, self.loss_budget), np.int32) for _ in range(2))
+    weight = np.zeros(index.shape, np.float32)
+    for a in range(accum):
+      for g in range(self._shards):
+        found = np.flatnonzero(mask[a, g])
+        # The place before a loss token is in its own segment: a first token never counts.
+        index[a, g, : len(found)] = found - 1
+        target[a, g, : len(found)] = tokens[a, g, found]
+        weight[a, g, : len(found)] = 1.0
+    return batch | {'loss_index': index, 'loss_target': target, 'loss_weight': weight}

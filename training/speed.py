@@ -1,0 +1,65 @@
+"""How long a run will take, said before it starts."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from models.decoder import DecoderConfig
+from models.lora import LoraConfig
+
+# Share of the machine's own product rate that a whole step reaches: what is not a product
+# (attention's softmax, norms, the optimizer) costs the rest. Measured: SmolLM2, rows of 512, 2 CPU
+# cores.
+STEP_EFFICIENCY = 0.4
+
+
+def train_flops(
+  config: DecoderConfig, lora: LoraConfig, num_places: int, num_loss_places: int, row_len: int
+) -> float:
+  """Floating point operations of the products in training with a frozen base.
+
+  Forward and input gradients of the blocks, all three products of the adapter, attention, and the
+  head with its input gradient for the loss tokens.
+
+  Args:
+    config: the architecture.
+    lora: the adapter.
+    num_places: places of all rows, padding included.
+    num_loss_places: places of all loss budgets.
+    row_len: places of one row.
+  """
+  heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+  embed, mlp = config.embed_dim, config.mlp_dim
+  shapes = {
+    'q': (embed, heads),
+    'k': (embed, kv_heads),
+    'v': (embed, kv_heads),
+    'o': (heads, embed),
+    'gate': (embed, mlp),
+    'up': (embed, mlp),
+    'down': (mlp, embed),
+  }
+  layer = sum(4 * a * b for a, b in shapes.values())
+  layer += sum(6 * (a + b) * lora.rank for name, (a, b) in shapes.items() if name in lora.targets)
+  layer += 6 * 2 * row_len * heads
+  return num_places * config.num_layers * layer + num_loss_places * 4 * embed * config.vocab_size
+
+
+def product_rate(dtype: str) -> float:
+  """FLOP/s of one product with operands of `dtype` on the default device, timed in under 1 s."""
+  size = 1024 if jax.default_backend() == 'cpu' else 8192
+  x = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+  product(x).block_until_ready()
+  best = float('inf')
+  for _ in range(5):
+    start = time.perf_counter()
+    product(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best
+
+
+def predict_seconds(flops: float, dtype: str, num_devices: int) -> float:
+  """Seconds that a run of so many FLOPs takes on this machine, without compilation."""
+  return flops / (product_rate(dtype) * num_devices * STEP_EFFICIENCY)

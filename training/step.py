@@ -1,0 +1,158 @@
+"""The train step: loss and gradient of the adapter, one optimizer update, one compiled program.
+
+Axes: A micro-batches, B rows, T tokens, G shards, M loss tokens of a shard, D embedding.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from models import decoder, sharding
+from training import losses
+
+
+class TrainState(NamedTuple):
+  """All that changes in training: the adapter, the optimizer's state, steps done (int32 [])."""
+
+  lora: nnx.State
+  opt_state: Any
+  step: jax.Array
+
+
+def batch_loss(
+  graphdef: nnx.GraphDef,
+  lora: nnx.State,
+  frozen: nnx.State,
+  batch: dict[str, jax.Array],
+  *,
+  dropout_rng: jax.Array | None = None,
+  label_smoothing: float = 0.0,
+  remat: str = 'none',
+  vocab_tile: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Summed loss and hits of one micro-batch, as `packing.Batches` gives it without the A axis.
+
+  Returns:
+    (loss, correct): float32 scalars, sums over the loss tokens.
+  """
+  config = decoder.config_of(graphdef)
+  hidden = decoder.forward(
+    graphdef,
+    lora,
+    frozen,
+    batch['tokens'],
+    batch['positions'],
+    segment_ids=batch['segment_ids'],
+    dropout_rng=dropout_rng,
+    remat=remat,
+  )
+  index = batch['loss_index']
+  hidden = hidden.reshape(index.shape[0], -1, hidden.shape[-1])
+  hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
+  return losses.frozen_head_cross_entropy(
+    hidden,
+    decoder.output_kernel(frozen, config),
+    batch['loss_target'],
+    batch['loss_weight'],
+    dtype=config.dtype,
+    label_smoothing=label_smoothing,
+    vocab_tile=vocab_tile,
+  )
+
+
+def init_state(
+  model: decoder.Model, optimizer: optax.GradientTransformation, mesh
+) -> tuple[TrainState, TrainState]:
+  """The state before the first step, and its shardings (the same structure)."""
+  lora_shardings = sharding.state_shardings(model.lora, mesh)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  abstract = jax.eval_shape(optimizer.init, model.lora)
+  opt_shardings = optax.tree.map_params(
+    optimizer,
+    lambda _, place: place,
+    abstract,
+    lora_shardings,
+    transform_non_params=lambda _: everywhere,
+  )
+  opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(model.lora)
+  step = jax.device_put(jnp.int32(0), everywhere)
+  return (
+    TrainState(model.lora, opt_state, step),
+    TrainState(lora_shardings, opt_shardings, everywhere),
+  )
+
+
+def batch_shardings(mesh) -> NamedSharding:
+  """Of every array of a batch: [A, rows or shards, ...] over the mesh's batch axes."""
+  return NamedSharding(mesh, PartitionSpec(None, sharding.RULES['batch']))
+
+
+def make_train_step(
+  model: decoder.Model,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  shardings: TrainState,
+  mesh,
+  *,
+  seed: int,
+  label_smoothing: float = 0.0,
+  remat: str = 'none',
+):
+  """Compiles-to-be `train_step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+  The loss is the mean over the loss tokens of all micro-batches. Dropout depends on (seed, step,
+  micro-batch) only, so a resumed run draws what an uninterrupted one does. The state's shardings
+  are pinned on the way out: otherwise XLA's own choice makes the second call compile again.
+
+  Metrics: float32 scalars 'loss', 'accuracy', 'grad_norm', 'learning_rate', 'loss_tokens'.
+  """
+  graphdef, config = model.graphdef, model.config
+  use_dropout = model.lora_config.dropout > 0
+  vocab_tile = losses.default_vocab_tile(config.vocab_size, mesh.size)
+
+  def train_step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]):
+    step_rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    num_tokens = jnp.maximum(batch['loss_weight'].sum(), 1.0)
+
+    def micro_loss(lora, micro, index):
+      loss, correct = batch_loss(
+        graphdef,
+        lora,
+        frozen,
+        micro,
+        dropout_rng=jax.random.fold_in(step_rng, index) if use_dropout else None,
+        label_smoothing=label_smoothing,
+        remat=remat,
+        vocab_tile=vocab_tile,
+      )
+      return loss / num_tokens, correct / num_tokens
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def accumulate(carry, inputs):
+      return jax.tree.map(jnp.add, carry, gradient(state.lora, *inputs)), None
+
+    accum = batch['tokens'].shape[0]
+    first = gradient(state.lora, jax.tree.map(lambda x: x[0], batch), 0)
+    if accum == 1:
+      (loss, accuracy), grads = first
+    else:
+      rest = jax.tree.map(lambda x: x[1:], batch)
+      ((loss, accuracy), grads), _ = jax.lax.scan(accumulate, first, (rest, jnp.arange(1, accum)))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+    metrics = {
+      'loss': loss,
+      'accuracy': accuracy,
+      'grad_norm': optax.global_norm(grads),
+      'learning_rate': jnp.float32(schedule(state.step)),
+      'loss_tokens': batch['loss_weight'].sum(),
+    }
+    lora = optax.apply_updates(state.lora, updates)
+    return TrainState(lora, opt_state, state.step + 1), metrics
+
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
