@@ -8,8 +8,6 @@ in the command is told at once.
 """
 
 import ast
-import json
-import os
 import pathlib
 import sys
 import time
@@ -23,42 +21,11 @@ from agents import expert_episodes, runner
 from agents import memory as memory_lib
 from configs import cli
 from data import errors, summary, trajectory
+from data import workdir as workdir_lib
 from envs import base as envs_base
 
 # Keys that may differ when a run is continued: they change how fast it goes, not what is played.
 _FREE_KEYS = ('slots', 'decode_steps')
-
-
-def check_workdir(workdir: pathlib.Path, config: dict) -> None:
-  """Checks that a folder that holds a run holds this one.
-
-  Raises:
-    errors.UserError: it was made with another config; names the keys that differ.
-  """
-  path = workdir / 'config.json'
-  if not path.exists():
-    return
-  try:
-    before = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise errors.UserError(
-      f'{path} is not readable JSON ({error}); take another --workdir.') from error
-  different = [
-    f'{key} (there {before.get(key)!r}, now {config.get(key)!r})'
-    for key in sorted(before.keys() | config.keys())
-    if key not in _FREE_KEYS and before.get(key) != config.get(key)]
-  if different:
-    raise errors.UserError(
-      f'{workdir} holds a run with another config: {", ".join(different)}; take another '
-      '--workdir, or the same config to go on.')
-
-
-def write_json(path: pathlib.Path, record: dict) -> None:
-  """Writes a JSON file, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'{path.name}.tmp')
-  temporary.write_text(json.dumps(record, indent=2) + '\n')
-  os.replace(temporary, path)
 
 
 def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
@@ -105,22 +72,34 @@ def choose_tasks(suite: envs_base.Suite, split: str, count: int) -> list[envs_ba
   return tasks[:count] if count else tasks
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Plays what `config` (configs/rollout.py) says, or what is left of it, into `workdir`."""
+def make_spec(config: ml_collections.ConfigDict) -> episode_lib.AgentSpec:
+  """The agent of the config; for agent=expert, in the format that it writes."""
+  return episode_lib.AgentSpec(
+    format=config.expert_format if config.agent == 'expert' else config.agent,
+    layout=config.layout, style=config.prompt, max_env_steps=config.max_env_steps,
+    max_calls=config.max_calls, max_repeats=config.max_repeats,
+    max_new_tokens=config.max_new_tokens)
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> None:
+  """Plays what `config` says, or what is left of it.
+
+  Args:
+    config: as configs/rollout.py makes it.
+    workdir: the run's folder.
+    base: an `agents.policy.Base` that is loaded already; None loads what the config names.
+  """
   started = time.perf_counter()
 
   # 1. What a person can get wrong is checked before anything slow, and before anything is written.
   expert = config.agent == 'expert'
-  spec = episode_lib.AgentSpec(
-    format=config.expert_format if expert else config.agent, layout=config.layout,
-    style=config.prompt, max_env_steps=config.max_env_steps, max_calls=config.max_calls,
-    max_repeats=config.max_repeats, max_new_tokens=config.max_new_tokens)
+  spec = make_spec(config)
   memory_lib.check_kind(config.memory)
   if config.memory != 'none' and not config.bank:
     raise errors.UserError('memory=hints needs bank=FILE, the bank of python -m retrieval.hints.')
   if config.slots < 1 or config.decode_steps < 1:
     raise errors.UserError('slots and decode_steps must be at least 1.')
-  check_workdir(workdir, config.to_dict())
+  workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
   tasks = choose_tasks(suite, config.split, config.episodes)
   index = None
@@ -134,12 +113,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     tokenizer = policy_lib.load_tokenizer(config.model, config.base, config.tokenizer)
   else:
     policy_lib.check_adapter(config.adapter)
-    base = policy_lib.load_base(
-      config.model, config.base, tokenizer=config.tokenizer, shrink=config.shrink,
-      dtype=config.dtype, seed=config.seed)
+    if base is None:
+      base = policy_lib.load_base(
+        config.model, config.base, tokenizer=config.tokenizer, shrink=config.shrink,
+        dtype=config.dtype, seed=config.seed)
     model_name, tokenizer = base.name, base.tokenizer
     model = base.model(config.adapter)
-  write_json(workdir / 'config.json', config.to_dict())
+  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
 
   # 3. What each episode has in its prompt, chosen once at its start (paper A, step 3).
   memories, examples = {}, {}
@@ -181,7 +161,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def report(workdir: pathlib.Path, row: dict, seconds: float, engine_stats: dict) -> None:
   """Writes summary.json; prints the row and by what the episodes ended."""
-  write_json(workdir / 'summary.json', {
+  workdir_lib.write_json(workdir / 'summary.json', {
     'rows': [row], 'paired': [], 'wall_s': {'rollout': seconds}, 'engine': engine_stats,
     'versions': summary.versions()})
   print(summary.table([row]))

@@ -6,6 +6,7 @@ A config file is `configs/NAME.py` with `get_config(arg)`; on the command line
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -84,6 +85,24 @@ def parse_arg(arg: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
     seen.add(key)
     values[key] = cast(key, text.strip(), defaults[key])
   return values
+
+
+def with_values(
+  defaults: Mapping[str, Any], values: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  """A locked ConfigDict of `values` over `defaults`; an int given for a float becomes one.
+
+  Raises:
+    errors.UserError: on an unknown key.
+  """
+  config = dict(defaults)
+  for key, value in values.items():
+    if key not in defaults:
+      raise errors.UserError(f'There is no config key {key!r}.{near(key, list(defaults))}')
+    config[key] = float(value) if isinstance(defaults[key], float) else value
+  config = ml_collections.ConfigDict(config)
+  config.lock()
+  return config
 
 
 def make_config(arg: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:

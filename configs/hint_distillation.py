@@ -1,4 +1,4 @@
-"""Hint distillation from end to end (arXiv 2510.01375): what one loop costs and which rules it uses.
+"""Hint distillation from end to end (arXiv 2510.01375).
 
   python -m experiments.hint_distillation \
     --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
@@ -26,8 +26,9 @@ DEFAULTS = dict(
   train_split='train',
   eval_split='valid_unseen',
   task_types='make_state',
-  warm_options='skills:warm',
-  loop_options='skills:loop',
+  warm_skills='warm',
+  loop_skills='loop',
+  env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3',
   train_games=240,
   eval_games=120,
   # Agent.
@@ -36,12 +37,14 @@ DEFAULTS = dict(
   prompt='short',
   few_shots=0,
   max_env_steps=10,
-  max_calls=12,
+  max_calls=14,
   max_new_tokens=24,
   max_context=640,
   # Memory.
   k=3,
-  writer='rules',
+  writer='rules',  # rules, self, openai
+  hint_model='',  # of writer=openai
+  hint_base_url='https://api.openai.com/v1',
   retrieval='minilm',
   # Warm start on the scripted expert: episodes, share with a hint block, share of those whose
   # block holds the rule that the task needs. 0 episodes: no warm start.
@@ -76,8 +79,8 @@ PAPER = dict(
   data=os.path.join('${HINTSIGHT_DATA}', 'alfworld', 'json_2.1.1'),
   eval_split='valid_unseen',
   task_types='',
-  warm_options='',
-  loop_options='',
+  loop_skills='official',
+  env_options='',
   train_games=1200,
   eval_games=134,
   agent='react',
@@ -88,6 +91,8 @@ PAPER = dict(
   max_calls=100,
   max_new_tokens=128,
   max_context=8192,
+  writer='openai',
+  hint_model='gpt-4o',
   warm_episodes=0,
   rank=64,
   alpha=128,

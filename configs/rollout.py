@@ -8,6 +8,11 @@ Writes to the workdir: config.json, journal.jsonl (an episode is safe the moment
 `agent=expert` the scripted expert plays, through the same schema.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
 from configs import common
 
 DEFAULTS = dict(
@@ -53,6 +58,11 @@ DEFAULTS = dict(
   temperature=0.0,
   seed=0,
 )
+
+
+def make(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """A locked config of these values over the defaults."""
+  return common.with_values(DEFAULTS, values)
 
 
 def get_config(arg=None):

@@ -59,12 +59,8 @@ DEFAULTS = dict(
 
 
 def make(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """A locked config of these values over the defaults, numbers in the type of the default."""
-  config = ml_collections.ConfigDict(DEFAULTS)
-  config.lock()
-  for key, value in values.items():
-    config[key] = float(value) if isinstance(DEFAULTS.get(key), float) else value
-  return config
+  """A locked config of these values over the defaults."""
+  return common.with_values(DEFAULTS, values)
 
 
 def get_config(arg=None):

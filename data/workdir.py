@@ -17,13 +17,13 @@ def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
   os.replace(temporary, path)
 
 
-def open_workdir(
+def check_workdir(
   workdir: str | os.PathLike, config: Mapping[str, Any], free_keys: Sequence[str] = ()
 ) -> None:
-  """Makes the run's folder with its config.json, or checks that it belongs to the same run.
+  """Checks that a folder that holds a run holds this one; writes nothing.
 
   Args:
-    workdir: made if it is not there.
+    workdir: may not exist.
     config: flat, of JSON's types.
     free_keys: may differ when the run goes on.
 
@@ -32,13 +32,12 @@ def open_workdir(
   """
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
     return
   try:
     before = json.loads(path.read_text())
   except json.JSONDecodeError as error:
-    raise errors.UserError(f'{path} is not readable JSON; take another --workdir.') from error
+    raise errors.UserError(
+      f'{path} is not readable JSON ({error}); take another --workdir.') from error
   changed = [
     f'{key} (there {before.get(key)!r}, now {config.get(key)!r})'
     for key in sorted(before.keys() | config.keys())
@@ -49,3 +48,14 @@ def open_workdir(
       f'{workdir} holds a run with another config: {", ".join(changed)}; take another --workdir, '
       'or the same config to go on.'
     )
+
+
+def open_workdir(
+  workdir: str | os.PathLike, config: Mapping[str, Any], free_keys: Sequence[str] = ()
+) -> None:
+  """Makes the run's folder with its config.json, after `check_workdir`."""
+  check_workdir(workdir, config, free_keys)
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)

@@ -72,7 +72,7 @@ class TextWorldGame:
       demangler = Demangler(game_infos=infos)
       for info in infos.values():
         info.name = demangler.demangle_alfred_name(info.id)
-    self.reset()
+    self.changed = False
 
   def reset(self) -> str:
     """Starts again and returns banner, room description and goal."""

@@ -3,7 +3,7 @@
   python -m experiments.hint_distillation \
     --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
 
-  warm_start   expert episodes of other skills -> an adapter that acts and reads hints (small models)
+  warm_start   expert episodes of other skills -> an adapter that acts and reads hints
   base         episodes without hints on training houses: failures, and the SFT set
   hints        failures -> hint bank
   teacher      episodes with the k best hints: its successes are the distillation set
@@ -15,23 +15,25 @@ Each stage has a folder in the workdir and is skipped when it is finished; a sto
 `--dry_run` walks all of it with a shrunken random model and a few games.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
-import train
 from absl import flags
 
 import rollout
+import train
 from agents import policy as policy_lib
 from configs import cli
 from configs import rollout as rollout_config
 from configs import train as train_config
 from data import errors, summary, trajectory
-from envs import base as envs_base
+from data import workdir as workdir_lib
 from experiments import warm_start
 from retrieval import hints as hints_lib
 
@@ -41,7 +43,10 @@ _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny rand
 # setting itself: its agent, layout, few-shots, filters and optimizer.
 _DRY = dict(
   shrink=True, base='random', train_games=6, eval_games=4, max_env_steps=4, max_calls=6,
-  max_new_tokens=8, slots=4, dtype='float32')
+  max_new_tokens=8, slots=4, dtype='float32', writer='rules')
+
+
+_EXPERT_STEPS = 50
 
 
 class Loop:
@@ -75,7 +80,7 @@ class Loop:
       started = time.perf_counter()
       record = body(folder) or {}
       record['wall_s'] = time.perf_counter() - started
-      _write_json(done, record)
+      workdir_lib.write_json(done, record)
     self.wall_s[name] = record['wall_s']
     return record
 
@@ -88,8 +93,9 @@ class Loop:
     values = {key: c[key] for key in rollout_config.DEFAULTS if key in c}
     values.update(
       policy=policy, adapter=adapter, split=split, episodes=games, memory=memory,
-      env_options=c.loop_options, bank=str(self.bank) if memory == 'hints' else '')
-    return rollout.run(rollout_config.make(values), folder, base=self.base)
+      skills=c.loop_skills, env_seed=c.seed, bank=str(self.bank) if memory == 'hints' else '')
+    rollout.run(rollout_config.make(values), folder, base=self.base)
+    return trajectory.load_episodes(folder)
 
   def train(self, folder: pathlib.Path, data: pathlib.Path, init_adapter: str, **changes) -> dict:
     """Fine-tunes through train.py's own code."""
@@ -112,11 +118,14 @@ class Loop:
 
   def warm_start(self, folder: pathlib.Path) -> dict:
     c = self.config
-    suite = envs_base.get_suite(
-      c.env, data=c.data, **rollout.suite_options(c.warm_options),
-      num_train=c.warm_episodes, seed=c.seed)
-    tasks = rollout.choose_tasks(suite, 'train', c.task_types, c.warm_episodes)
-    spec = rollout.agent_spec(c)
+    values = {key: c[key] for key in rollout_config.DEFAULTS if key in c}
+    values.update(skills=c.warm_skills, env_seed=c.seed, episodes=c.warm_episodes)
+    config = rollout_config.make(values)
+    suite = rollout.make_suite(config)
+    tasks = rollout.choose_tasks(suite, 'train', c.warm_episodes)
+    # The expert explores for as long as it takes; only the model's episodes are limited.
+    spec = dataclasses.replace(
+      rollout.make_spec(config), max_env_steps=_EXPERT_STEPS, max_calls=2 * _EXPERT_STEPS)
     episodes = warm_start.play(
       suite, tasks, self.base.tokenizer, spec, folder, k=c.k, hint_share=c.warm_hint_share,
       rule_share=c.warm_rule_share, seed=c.seed)
@@ -135,13 +144,21 @@ class Loop:
             'tokens': sum(len(e.tokens) for e in episodes)}
 
   def hints(self, folder: pathlib.Path) -> dict:
-    bank = hints_lib.make_bank(
-      [self.workdir / 'base'], writer=self.config.writer, out=self.bank)
+    """Writes the bank through retrieval.hints' own code; no failure gives an empty bank."""
+    c = self.config
+    bank = hints_lib.main(types.SimpleNamespace(
+      episodes=str(self.workdir / 'base'), out=str(self.bank), writer=c.writer,
+      model=c.hint_model if c.writer == 'openai' else c.model, base=c.base,
+      adapter=self.start_adapter, slots=c.slots, max_context=c.max_context,
+      base_url=c.hint_base_url, timeout_s=60.0, retries=4))
     return {'hints': len(bank.hints)}
 
   def student(self, folder: pathlib.Path, source: str) -> dict:
+    # A random model solves nothing; its dry run trains on what there is.
+    untrained = dict(success_only=False, max_invalid=10**6) if self.dry_run else {}
     return {'training': self.train(
-      folder, self.workdir / source, self.start_adapter, drop_memory=True, drop_few_shot=True)}
+      folder, self.workdir / source, self.start_adapter, drop_memory=True, drop_few_shot=True,
+      **untrained)}
 
   def evaluate(self, folder: pathlib.Path, policy: str, memory: str) -> dict:
     adapter = self.start_adapter
@@ -155,7 +172,7 @@ class Loop:
   def run(self) -> dict[str, Any]:
     """All stages; returns and writes summary.json."""
     c = self.config
-    _open(self.workdir, {**c.to_dict(), 'dry_run': self.dry_run})
+    workdir_lib.open_workdir(self.workdir, {**c.to_dict(), 'dry_run': self.dry_run})
     if c.warm_episodes:
       self.stage('warm_start', self.warm_start)
     self.stage('base', lambda folder: self.collect(folder, 'none'))
@@ -178,18 +195,8 @@ class Loop:
                    ('distilled', 'sft'), ('distilled', 'base+hints'))]
     record = {'rows': rows, 'paired': pairs, 'wall_s': self.wall_s, 'config': c.to_dict(),
               'versions': summary.versions()}
-    _write_json(self.workdir / 'summary.json', record)
+    workdir_lib.write_json(self.workdir / 'summary.json', record)
     return record
-
-
-def _open(workdir: pathlib.Path, config: dict) -> None:
-  rollout.open_workdir(workdir, config)
-
-
-def _write_json(path: pathlib.Path, record: dict) -> None:
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(record, indent=2) + '\n')
-  os.replace(temporary, path)
 
 
 def dry(config):
@@ -197,7 +204,7 @@ def dry(config):
   if config.data != 'generated' and not pathlib.Path(os.path.expandvars(config.data)).is_dir():
     print(f'{config.data} is not there: the dry run plays generated official games.', flush=True)
     config.data = 'generated'
-    config.loop_options = 'skills:official'
+    config.loop_skills = 'official'
   config.update({key: value for key, value in _DRY.items() if key in config})
   if config.warm_episodes:
     config.warm_episodes = 8

@@ -249,8 +249,8 @@ def decode(
     )
     return step + 1, cache, state, tokens, logprobs
 
-  carry = (jnp.int32(0), cache, state, tokens, logprobs)
-  step, cache, state, tokens, logprobs = jax.lax.while_loop(unfinished, advance, carry)
+  carry = (jnp.int32(0), cache.window(attend_len), state, tokens, logprobs)
+  step, window, state, tokens, logprobs = jax.lax.while_loop(unfinished, advance, carry)
   packed = jnp.concatenate(
     [
       tokens,
@@ -260,4 +260,5 @@ def decode(
     ],
     axis=1,
   )
+  cache = cache.restore(window)
   return cache, dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed

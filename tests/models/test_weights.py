@@ -20,8 +20,8 @@ from models.layers import rope_frequencies
 from models.lora import LoraConfig
 
 TINY = {
-  'vocab_size': 96, 'hidden_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 6,
-  'num_key_value_heads': 2, 'intermediate_size': 80, 'initializer_range': 0.3,
+  'vocab_size': 96, 'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 6,
+  'num_key_value_heads': 2, 'intermediate_size': 80, 'initializer_range': 0.15,
   'max_position_embeddings': 256, 'rms_norm_eps': 1e-5,
 }  # fmt: skip
 LLAMA3_ROPE = {
@@ -91,8 +91,9 @@ def tokens_for(vocab_size, shape=(3, 40)):
   return np.random.default_rng(1).integers(0, vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('shard', ['10GB', '30KB'])
+@pytest.mark.parametrize(
+  ('variant', 'shard'), zip(VARIANTS, ['10GB', '30KB', '10GB', '30KB', '10GB'], strict=True)
+)
 def test_folder_equals_transformers(variant, shard, tmp_path):
   model = hf_model(variant)
   model.save_pretrained(tmp_path, max_shard_size=shard)
@@ -137,8 +138,8 @@ def smollm2_reference(smollm2_path):
 
 
 def test_smollm2_matches_its_registered_config(smollm2):
-  registered = registry.get_config('smollm2_135m', name=smollm2.config.name)
-  assert smollm2.config == registered
+  registered = registry.get_config('smollm2_135m')
+  assert smollm2.config == dataclasses.replace(registered, name=smollm2.config.name)
 
 
 def test_smollm2_equals_transformers(smollm2, smollm2_reference, smollm2_path):
@@ -278,8 +279,8 @@ def edit_json(path, **changes):
   ('changes', 'message'),
   [
     ({'model_type': 'mistral'}, "'mistral'; supported are llama, qwen2"),
-    ({'num_hidden_layers': 4}, r'lacks 9 tensors.*model\.layers\.3'),
-    ({'num_hidden_layers': 2}, r'holds 9 tensors.*model\.layers\.2'),
+    ({'num_hidden_layers': 3}, r'lacks 9 tensors.*model\.layers\.2'),
+    ({'num_hidden_layers': 1}, r'holds 9 tensors.*model\.layers\.1'),
     ({'intermediate_size': 81}, r'mlp\..*has shape \((80, 48|48, 80)\)'),
     ({'hidden_size': None}, 'has no hidden_size'),
     ({'attention_bias': True}, 'attention_bias=True'),
