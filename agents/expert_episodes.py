@@ -5,6 +5,7 @@ those a model would have sampled (reply and end of turn). Used for the warm star
 examples and by `rollout.py` with agent=expert.
 """
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,9 +16,17 @@ from data import errors, trajectory
 from data.tokenizer import Tokenizer
 from envs.base import Decision, Suite, Task
 
+# The expert explores for as long as it takes; the limits of a spec are the model's.
+_EXPERT_STEPS = 50
+
 # Few-shot examples are the shortest of this many solved tasks a type: exploring experts differ by
 # a factor of five in length, and an example is read in every call.
 _EXAMPLE_CANDIDATES = 8
+
+
+def expert_spec(spec: episode_lib.AgentSpec) -> episode_lib.AgentSpec:
+  """`spec` with the limits under which an exploring expert solves its tasks."""
+  return dataclasses.replace(spec, max_env_steps=_EXPERT_STEPS, max_calls=2 * _EXPERT_STEPS)
 
 
 def expert_episode(
@@ -86,6 +95,7 @@ def few_shot_examples(
     raise errors.UserError(
       f'Few-shot examples come from split {split!r}, which {suite.name} lacks; set few_shots=0.')
   labels = episode_lib.Labels('expert', 'expert', split, 0)
+  spec = expert_spec(spec)
   tasks = [task for task in suite.tasks(split) if task.id not in exclude]
   found = {}
   for task_type in sorted(task_types):

@@ -15,7 +15,6 @@ Each stage has a folder in the workdir and is skipped when it is finished; a sto
 `--dry_run` walks all of it with a shrunken random model and a few games.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -28,6 +27,7 @@ from absl import flags
 
 import rollout
 import train
+from agents import expert_episodes
 from agents import policy as policy_lib
 from configs import cli
 from configs import rollout as rollout_config
@@ -44,9 +44,6 @@ _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny rand
 _DRY = dict(
   shrink=True, base='random', train_games=6, eval_games=4, max_env_steps=4, max_calls=6,
   max_new_tokens=8, slots=4, dtype='float32', writer='rules')
-
-
-_EXPERT_STEPS = 50
 
 
 class Loop:
@@ -123,9 +120,7 @@ class Loop:
     config = rollout_config.make(values)
     suite = rollout.make_suite(config)
     tasks = rollout.choose_tasks(suite, 'train', c.warm_episodes)
-    # The expert explores for as long as it takes; only the model's episodes are limited.
-    spec = dataclasses.replace(
-      rollout.make_spec(config), max_env_steps=_EXPERT_STEPS, max_calls=2 * _EXPERT_STEPS)
+    spec = expert_episodes.expert_spec(rollout.make_spec(config))
     episodes = warm_start.play(
       suite, tasks, self.base.tokenizer, spec, folder, k=c.k, hint_share=c.warm_hint_share,
       rule_share=c.warm_rule_share, seed=c.seed)
@@ -201,7 +196,7 @@ class Loop:
 
 def dry(config):
   """The config of a dry run: the same setting, a tiny model, a few games."""
-  if config.data != 'generated' and not pathlib.Path(os.path.expandvars(config.data)).is_dir():
+  if config.data != 'generated' and not pathlib.Path(config.data).is_dir():
     print(f'{config.data} is not there: the dry run plays generated official games.', flush=True)
     config.data = 'generated'
     config.loop_skills = 'official'
@@ -213,6 +208,7 @@ def dry(config):
 
 def main(_):
   config = flags.FLAGS.config
+  config.data = os.path.expandvars(config.data)
   if _DRY_RUN.value:
     config = dry(config)
   workdir = pathlib.Path(flags.FLAGS.workdir)

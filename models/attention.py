@@ -1,13 +1,20 @@
 """Causal grouped-query attention over packed rows and over a cache.
 
-Keys and values are never repeated over the query groups, and the softmax is float32.
+Keys and values are never repeated over the query groups: the queries that share a head are rows of
+one product with it. The softmax is float32 and is normalised after the second product, on H numbers
+a query instead of S.
 
 Axes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K queries a key-value
-head, H head width.
+head, H head width, C queries of a block.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+
+MASKED = -1e30
+MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
 def attention(
@@ -15,25 +22,29 @@ def attention(
 ) -> jax.Array:
   """Causal attention within whole rows.
 
+  Runs in at most MAX_BLOCKS blocks of queries, each against the keys up to its end, so that nearly
+  half of the square is never computed. The backward pass computes the scores of a block anew (as
+  FlashAttention does, arXiv 2205.14135): no layer keeps T x S numbers.
+
   Args:
     q: float32 [B, T, N, H], rotated.
-    k: [B, T, K, H], rotated. Its dtype is that of both products' operands.
+    k: [B, T, K, H], rotated. Its dtype is that of all products' operands.
     v: [B, T, K, H].
     segment_ids: int32 [B, T] of packed rows: a token sees only its own segment.
 
   Returns:
     float32 [B, T, N, H].
   """
-  index = jnp.arange(q.shape[1])
-  mask = (index[None, :] <= index[:, None])[None]
-  if segment_ids is not None:
-    mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-  return _masked(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+  batch, width, heads, head_dim = q.shape
+  kv_heads = k.shape[2]
+  q = (q * head_dim**-0.5).astype(k.dtype)
+  q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  out = _blocked(q, k, v, segment_ids)
+  return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
 
 
-def cached_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
-) -> jax.Array:
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
   """Attention of the newest tokens over a cache that holds them already.
 
   Args:
@@ -45,24 +56,85 @@ def cached_attention(
   Returns:
     float32 [B, T, N, H].
   """
-  index = lengths[:, None] + jnp.arange(q.shape[1])
-  mask = jnp.arange(k.shape[-1]) <= index[:, :, None]
-  return _masked(q, k, v, mask)
-
-
-def _masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-  """q [B, T, N, H], k [B, K, H, S], v [B, K, S, H], mask [B or 1, T, S] -> [B, T, N, H]."""
   batch, width, heads, head_dim = q.shape
-  kv_heads, keys = k.shape[1], k.shape[-1]
-  groups = heads // kv_heads
-  q = (q * head_dim**-0.5).reshape(batch, width, kv_heads, groups, head_dim)
-  # The queries of a group are rows of one product with the keys they share.
-  q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * width, head_dim)
-  scores = jnp.matmul(q.astype(k.dtype), k, preferred_element_type=jnp.float32)
-  scores = scores.reshape(batch, kv_heads, groups, width, keys)
-  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  weights = weights.reshape(batch, kv_heads, groups * width, keys)
-  out = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
-  out = out.reshape(batch, kv_heads, groups, width, head_dim)
+  kv_heads = k.shape[1]
+  index = lengths[:, None] + jnp.arange(width)
+  mask = jnp.arange(k.shape[-1]) <= index[:, :, None]
+  q = (q * head_dim**-0.5).astype(k.dtype)
+  q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+  scores = _product(q, k, 2)
+  scores = jnp.where(mask[:, None, None], scores, MASKED)
+  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+  out = _product(weights.astype(v.dtype), v, 2) / weights.sum(axis=-1, keepdims=True)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
+
+
+def _product(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
+  """a [B, K, G, T, x] times b [B, K, ...], contracted over b's axis: float32 [B, K, G, T, y]."""
+  rows = a.reshape(*a.shape[:2], -1, a.shape[-1])
+  dims = (((3,), (contract,)), ((0, 1), (0, 1)))
+  y = jax.lax.dot_general(rows, b, dims, preferred_element_type=jnp.float32)
+  return y.reshape(*a.shape[:4], -1)
+
+
+def _gradient_product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """a [B, K, G, C, x], b [B, K, G, C, y], summed over queries: float32 [B, K, x, y]."""
+  a, b = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (a, b))
+  dims = (((2,), (2,)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _blocks(width: int) -> list[tuple[int, int]]:
+  """(start, end) of the blocks of queries."""
+  size = -(-width // (MIN_BLOCK * MAX_BLOCKS)) * MIN_BLOCK
+  return [(start, min(start + size, width)) for start in range(0, width, size)]
+
+
+def _block_scores(q, k, segment_ids, start, end) -> jax.Array:
+  """Masked scores of queries start .. end with the keys before end: float32 [B, K, G, C, end]."""
+  scores = _product(q[:, :, :, start:end], k[:, :, :end], 3)
+  mask = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None]
+  if segment_ids is not None:
+    mask &= segment_ids[:, start:end, None] == segment_ids[:, None, :end]
+  return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+@jax.custom_vjp
+def _blocked(q, k, v, segment_ids) -> jax.Array:
+  """q [B, K, G, T, H], scaled, k and v [B, K, T, H] -> float32 [B, K, G, T, H]."""
+  return _blocked_fwd(q, k, v, segment_ids)[0]
+
+
+def _blocked_fwd(q, k, v, segment_ids):
+  outs, norms = [], []
+  for start, end in _blocks(q.shape[3]):
+    scores = _block_scores(q, k, segment_ids, start, end)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    outs.append(_product(weights.astype(v.dtype), v[:, :, :end], 2) / total)
+    norms.append(top + jnp.log(total))
+  out, norm = jnp.concatenate(outs, axis=3), jnp.concatenate(norms, axis=3)
+  return out, (q, k, v, segment_ids, out, norm)
+
+
+def _blocked_bwd(residuals, grad):
+  q, k, v, segment_ids, out, norm = residuals
+  dtype = q.dtype
+  # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
+  inner = jnp.sum(grad * out, axis=-1, keepdims=True)
+  grad = grad.astype(dtype)
+  dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+  for start, end in _blocks(q.shape[3]):
+    rows = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=end, axis=3)
+    weights = jnp.exp(_block_scores(q, k, segment_ids, start, end) - rows(norm))
+    dscores = weights * (_product(rows(grad), v[:, :, :end], 3) - rows(inner))
+    weights, dscores = weights.astype(dtype), dscores.astype(dtype)
+    dq.append(_product(dscores, k[:, :, :end], 2))
+    dk = dk.at[:, :, :end].add(_gradient_product(dscores, rows(q)))
+    dv = dv.at[:, :, :end].add(_gradient_product(weights, rows(grad)))
+  dq = jnp.concatenate(dq, axis=3)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)

@@ -432,8 +432,9 @@ def forward_cached(
     lengths: int32 [B], tokens already in each row's slot.
     counts: int32 [B], valid new tokens; a row with 0 leaves its slot as it is.
     attend_len: static; at least max(lengths + counts) over the rows with new tokens.
-    slots: int32 [B], the slot of each row, distinct among rows with new tokens; None: row b is
-      slot b and B is the number of slots. A prefill of few slots costs few rows.
+    slots: int32 [B], the slot of each row; None: row b is slot b, for all slots. A prefill of few
+      slots then costs few rows, and a long prompt can be several rows of one slot, each with its
+      own `lengths`.
 
   Returns:
     float32 [B, T, D] after the final norm (tokens beyond `counts` mean nothing), and the cache.

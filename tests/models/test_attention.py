@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.attention import attention, cached_attention
+
+
+def draw(batch, width, heads=6, kv_heads=2, head_dim=8, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  shapes = [(batch, width, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+  return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def plain(q, k, v, segment_ids=None):
+  """Repeated keys and values, the whole square, as in a textbook."""
+  groups = q.shape[2] // k.shape[2]
+  k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
+  scores = jnp.einsum('btnh,bsnh->bnts', q, k) / jnp.sqrt(q.shape[-1])
+  mask = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None]
+  if segment_ids is not None:
+    mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+  weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+  return jnp.einsum('bnts,bsnh->btnh', weights, v)
+
+
+@pytest.mark.parametrize('width', [1, 7, 128, 300])
+@pytest.mark.parametrize('packed', [False, True])
+def test_value_and_gradient_equal_plain(width, packed):
+  q, k, v = draw(2, width)
+  segment_ids = None
+  if packed:
+    segment_ids = jnp.stack([jnp.arange(width) // 50, jnp.minimum(jnp.arange(width) // 110, 1)])
+  weight = jax.random.normal(jax.random.key(9), q.shape)
+
+  def value(function):
+    return lambda *qkv: jnp.sum(weight * function(*qkv, segment_ids=segment_ids))
+
+  got = attention(q, k, v, segment_ids=segment_ids)
+  np.testing.assert_allclose(got, plain(q, k, v, segment_ids), atol=1e-5)
+  for ours, theirs in zip(
+    jax.grad(value(attention), (0, 1, 2))(q, k, v),
+    jax.grad(value(plain), (0, 1, 2))(q, k, v),
+    strict=True,
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_nothing_leaks_between_segments():
+  q, k, v = draw(1, 200)
+  segment_ids = jnp.asarray(np.repeat([1, 2, 0], [70, 100, 30])[None])
+  before = attention(q, k, v, segment_ids=segment_ids)
+  k, v = (x.at[:, :70].set(100.0).at[:, 170:].set(-100.0) for x in (k, v))
+  after = attention(q, k, v, segment_ids=segment_ids)
+  np.testing.assert_array_equal(before[:, 70:170], after[:, 70:170])
+  assert np.isfinite(after).all()
+
+
+def test_bfloat16_operands_float32_result():
+  q, k, v = draw(1, 150)
+  got = attention(q, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, plain(q, k, v), atol=0.03)
+
+
+def test_cached_rows_of_different_lengths():
+  q, k, v = draw(3, 40)
+  want = plain(q, k, v)
+  lengths = jnp.asarray([0, 17, 36])
+  new = jnp.stack([jax.lax.dynamic_slice_in_dim(q[b], lengths[b], 4) for b in range(3)])
+  got = cached_attention(new, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), lengths)
+  for b in range(3):
+    np.testing.assert_allclose(got[b], want[b, lengths[b] : lengths[b] + 4], atol=1e-5)

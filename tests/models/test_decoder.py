@@ -1,0 +1,258 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from data.errors import UserError
+from models import decoder, registry, sharding
+from models.kv_cache import KVCache
+from models.lora import LoraConfig
+
+forward = jax.jit(decoder.forward, static_argnums=0, static_argnames='remat')
+forward_cached = jax.jit(decoder.forward_cached, static_argnums=0, static_argnames='attend_len')
+
+
+def tiny(name='qwen25_7b', **overrides):
+  return registry.shrink(registry.get_config(name), **overrides)
+
+
+def positions(tokens):
+  return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+
+def run(model, tokens, **options):
+  tokens = jnp.asarray(tokens)
+  hidden = forward(
+    model.graphdef, model.lora, model.frozen, tokens, positions(tokens), **options
+  )
+  return np.asarray(decoder.logits(model.graphdef, model.frozen, hidden))
+
+
+def run_cached(model, tokens, chunk):
+  """Logits of whole rows, `chunk` tokens at a time."""
+  batch, width = tokens.shape
+  cache, outs = KVCache.init(model.config, batch, width), []
+  for start in range(0, width, chunk):
+    part = jnp.asarray(tokens[:, start : start + chunk])
+    lengths = jnp.full((batch,), start, jnp.int32)
+    counts = jnp.full((batch,), part.shape[1], jnp.int32)
+    hidden, cache = forward_cached(
+      model.graphdef, model.lora, model.frozen, part, cache, lengths, counts, attend_len=width
+    )
+    outs.append(decoder.logits(model.graphdef, model.frozen, hidden))
+  return np.concatenate(outs, axis=1)
+
+
+def with_random_b(params, seed=0):
+  """An adapter that does something: B is 0 at init."""
+  rng = np.random.default_rng(seed)
+  return {
+    k: rng.normal(0, 0.1, v.shape).astype(np.float32) if k.endswith('lora_b') else np.asarray(v)
+    for k, v in params.items()
+  }
+
+
+@pytest.mark.parametrize(
+  'name', ['llama_tied', 'llama_untied_scaled_rope', 'qwen2_tied', 'qwen2_untied']
+)
+def test_logits_equal_transformers(name):
+  pytest.importorskip('torch')
+  from tests.models import torch_reference
+
+  config = torch_reference.CONFIGS[name]
+  reference = torch_reference.build(config)
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 60)).astype(np.int32)
+  params = torch_reference.params(config, reference)
+  model = decoder.from_params(config, params)
+  want = torch_reference.logits(reference, tokens)
+  assert np.abs(want).max() > 1
+  np.testing.assert_allclose(run(model, tokens), want, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(run_cached(model, tokens, 20), want, atol=1e-4, rtol=0)
+  prepared = decoder.prepare_for_decode(model)
+  np.testing.assert_allclose(run_cached(prepared, tokens[:, :8], 1), want[:, :8], atol=1e-4, rtol=0)
+
+  lora = LoraConfig(rank=4, alpha=8)
+  adapter = with_random_b(decoder.to_params(decoder.create(config, lora).lora))
+  adapted = decoder.from_params(config, params | adapter, lora)
+  state = reference.state_dict()
+  for flat, (pattern, _) in torch_reference.names(config).items():
+    if (base := flat.removesuffix('.kernel')) + '.lora_a' in adapter:
+      for layer in range(config.num_layers):
+        a, b = (adapter[f'{base}.lora_{x}'][layer] for x in 'ab')
+        weight = state[pattern.format(layer)]
+        weight += weight.new_tensor((a @ b * lora.scale).T)
+  want = torch_reference.logits(reference, tokens)
+  for variant in (adapted, decoder.merge_lora(adapted)):
+    np.testing.assert_allclose(run(variant, tokens), want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(run_cached(variant, tokens, 20), want, atol=1e-4, rtol=0)
+
+
+def test_packed_rows_equal_separate_rows():
+  model = decoder.create(tiny())
+  rng = np.random.default_rng(0)
+  parts = [rng.integers(0, 256, (1, n)) for n in (150, 1, 90)]
+  packed = np.concatenate([*parts, np.zeros((1, 15), np.int64)], axis=1)
+  segments = np.repeat([1, 2, 3, 0], [150, 1, 90, 15])[None]
+  places = np.concatenate([np.arange(p.shape[1]) for p in parts] + [np.zeros(15, np.int64)])[None]
+  hidden = forward(
+    model.graphdef,
+    model.lora,
+    model.frozen,
+    *map(jnp.asarray, (packed, places)),
+    segment_ids=jnp.asarray(segments),
+  )
+  got = np.asarray(decoder.logits(model.graphdef, model.frozen, hidden))
+  assert np.isfinite(got).all()
+  want = np.concatenate([run(model, part) for part in parts], axis=1)
+  np.testing.assert_allclose(got[:, :241], want, atol=1e-4, rtol=0)
+
+
+def loss_and_gradient(model, tokens, **options):
+  def loss(lora):
+    hidden = decoder.forward(
+      model.graphdef, lora, model.frozen, tokens, positions(tokens), **options
+    )
+    return jnp.mean(jnp.square(decoder.logits(model.graphdef, model.frozen, hidden)))
+
+  value, gradient = jax.jit(jax.value_and_grad(loss))(model.lora)
+  return value, decoder.to_params(gradient)
+
+
+def adapted_model(config, lora=None):
+  lora = lora or LoraConfig(rank=4, alpha=8)
+  model = decoder.create(config, lora)
+  params = decoder.to_params(model.frozen) | with_random_b(decoder.to_params(model.lora))
+  return decoder.from_params(config, params, lora)
+
+
+def test_remat_changes_nothing():
+  model = adapted_model(tiny())
+  tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 256)
+  value, gradient = loss_and_gradient(model, tokens)
+  again, regradient = loss_and_gradient(model, tokens, remat='full')
+  assert np.isclose(value, again)
+  for name in gradient:
+    np.testing.assert_allclose(gradient[name], regradient[name], atol=1e-5)
+  with pytest.raises(UserError, match='remat'):
+    loss_and_gradient(model, tokens, remat='some')
+
+
+def test_bfloat16_is_close_to_float32_forward_and_backward():
+  config = tiny()
+  model = adapted_model(config)
+  params = decoder.to_params(model.frozen) | decoder.to_params(model.lora)
+  fast = decoder.from_params(
+    dataclasses.replace(config, dtype='bfloat16'), params, model.lora_config
+  )
+  kinds = {k: v.dtype for k, v in decoder.to_params(fast.frozen).items()}
+  assert kinds['blocks.attn.q.kernel'] == kinds['embed.embedding'] == jnp.bfloat16
+  assert kinds['blocks.attn.q.bias'] == kinds['final_norm.scale'] == jnp.float32
+  tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 256)
+  value, gradient = loss_and_gradient(model, tokens)
+  fast_value, fast_gradient = loss_and_gradient(fast, tokens)
+  assert abs(fast_value / value - 1) < 0.02
+  for name, want in gradient.items():
+    got = fast_gradient[name]
+    assert got.dtype == jnp.float32
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < 0.05, (name, error)
+  one = np.asarray(tokens[:1, :1])
+  np.testing.assert_allclose(run(fast, one), run(model, one), atol=0.1)
+
+
+def products(jaxpr):
+  """All `dot_general` equations, also in scans and closed calls."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      yield equation
+    for value in equation.params.values():
+      for sub in value if isinstance(value, (tuple, list)) else [value]:
+        sub = getattr(sub, 'jaxpr', sub)
+        if hasattr(sub, 'eqns'):
+          yield from products(sub)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_no_gradient_of_a_frozen_kernel_and_fast_operands(dtype):
+  config = tiny(dtype=dtype)
+  model = decoder.create(config, LoraConfig(rank=3, alpha=6))
+  tokens = jnp.zeros((2, 24), jnp.int32)
+
+  def loss(lora):
+    hidden = decoder.forward(model.graphdef, lora, model.frozen, tokens, positions(tokens))
+    return jnp.sum(hidden)
+
+  found = list(products(jax.make_jaxpr(jax.grad(loss))(model.lora).jaxpr))
+  shapes = {equation.outvars[0].aval.shape for equation in found}
+  kernels = {v.shape[1:] for k, v in decoder.to_params(model.frozen).items() if 'kernel' in k}
+  kernels |= {shape[::-1] for shape in kernels}
+  assert not shapes & kernels
+  assert {(64, 3), (3, 64), (64, 24)} & shapes  # The adapter's gradients are there.
+  for equation in found:
+    assert {v.aval.dtype for v in equation.invars} == {jnp.dtype(dtype)}
+    assert equation.outvars[0].aval.dtype == jnp.float32
+
+
+def test_sharded_equals_single_device():
+  config, lora = tiny('llama31_8b'), LoraConfig(rank=4, alpha=8)
+  single = adapted_model(config, lora)
+  params = decoder.to_params(single.frozen) | decoder.to_params(single.lora)
+  tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 256)
+  value, gradient = loss_and_gradient(single, tokens)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  model = decoder.from_params(config, params, lora, mesh=mesh)
+  kernel = decoder.to_params(model.frozen)['blocks.attn.q.kernel']
+  assert kernel.sharding.spec == (None, 'fsdp', 'tensor')
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(tokens, sharding.batch_sharding(mesh))
+    sharded_value, sharded_gradient = loss_and_gradient(model, placed)
+    logits = run(model, placed)
+  assert np.isclose(value, sharded_value)
+  for name in gradient:
+    np.testing.assert_allclose(gradient[name], sharded_gradient[name], atol=1e-5)
+  np.testing.assert_allclose(logits, run(single, tokens), atol=1e-4)
+  created = decoder.create(config, lora, mesh=mesh)
+  for name, value in decoder.to_params(created.frozen).items():
+    np.testing.assert_allclose(value, decoder.to_params(decoder.create(config, lora).frozen)[name])
+    assert value.sharding.mesh == mesh
+
+
+def test_every_parameter_has_logical_axes():
+  model = decoder.abstract(tiny(), LoraConfig(rank=4, alpha=8))
+  for state in (model.lora, model.frozen):
+    for path, variable in nnx.to_flat_state(state):
+      axes = variable.get_metadata()['out_sharding']
+      assert len(axes) == len(variable.get_value().shape), path
+      assert set(axes) <= set(sharding.RULES), path
+
+
+def test_mesh_sizes():
+  assert dict(sharding.make_mesh(-1, 2, 1).shape) == {'data': 4, 'fsdp': 2, 'tensor': 1}
+  with pytest.raises(UserError, match='8 devices'):
+    sharding.make_mesh(data=16)
+  # Three key-value heads on two devices: replicated, not an error.
+  mesh = sharding.make_mesh(tensor=2)
+  assert sharding.spec(('embed', 'kv_heads'), (4, 3), mesh) == (None, None)
+
+
+def test_params_round_trip_and_bad_params():
+  config = tiny()
+  model = decoder.create(config, seed=1)
+  params = {k: np.asarray(v) for k, v in decoder.to_params(model.frozen).items()}
+  tokens = np.arange(20)[None] % 256
+  again = decoder.from_params(config, params)
+  np.testing.assert_array_equal(run(model, tokens), run(again, tokens))
+  kernel = decoder.output_kernel(model.frozen, config)
+  np.testing.assert_array_equal(kernel, params['head.kernel'].T)
+  with pytest.raises(UserError, match=r'missing.*head\.kernel'):
+    decoder.from_params(config, {k: v for k, v in params.items() if k != 'head.kernel'})
+  with pytest.raises(UserError, match=r'unknown.*extra'):
+    decoder.from_params(config, params | {'extra': np.zeros(1)})
+  with pytest.raises(UserError, match=r'final_norm\.scale has shape'):
+    decoder.from_params(config, params | {'final_norm.scale': np.zeros(3)})
+  with pytest.raises(UserError, match='mamba'):
+    dataclasses.replace(config, family='mamba')
