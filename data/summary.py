@@ -48,8 +48,12 @@ def row(
   """Returns one row of `summary.json`.
 
   `prompt_tokens` counts the whole prompt of every model call (what an API bills, the cost in
-  arXiv 2510.01375); `prefilled_tokens` what was really computed, with the KV cache kept.
+  arXiv 2510.01375), `memory_tokens` the memory block's part of it, and `prefilled_tokens` what was
+  really computed, with the KV cache kept.
   """
+
+  memory_kind = trajectory.KIND['memory']
+  memory_tokens = [int((e.kinds == memory_kind).sum()) * e.model_calls for e in episodes]
 
   def mean(field: str) -> float:
     return float(np.mean([getattr(e, field) for e in episodes])) if episodes else 0.0
@@ -68,6 +72,7 @@ def row(
     'env_steps_mean': mean('env_steps'),
     'model_calls_mean': mean('model_calls'),
     'prompt_tokens_mean': mean('prompt_tokens'),
+    'memory_tokens_mean': float(np.mean(memory_tokens)) if episodes else 0.0,
     'prefilled_tokens_mean': mean('prefilled_tokens'),
     'generated_tokens_mean': mean('generated_tokens'),
     'retrieval_tokens_mean': mean('retrieval_tokens'),

@@ -217,6 +217,11 @@ def main(_):
   record = Loop(config, workdir, _DRY_RUN.value).run()
   print()
   print(summary.table(record['rows'], record['paired']))
+  tokens = {
+    row['id']: row['prompt_tokens_mean'] - row['memory_tokens_mean'] + row['generated_tokens_mean']
+    for row in record['rows']}
+  print(f'tokens an episode, hint block not counted: distilled {tokens["distilled"]:.0f}, '
+        f'teacher (base+hints) {tokens["base+hints"]:.0f}')
   print(f'\n{sum(record["wall_s"].values()) / 60:.1f} min in all; {workdir / "summary.json"}')
 
 
