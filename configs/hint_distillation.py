@@ -48,7 +48,7 @@ DEFAULTS = dict(
   retrieval='minilm',
   # Warm start on the scripted expert: episodes, share with a hint block, share of those whose
   # block holds the rule that the task needs. 0 episodes: no warm start.
-  warm_episodes=240,
+  warm_episodes=350,
   warm_hint_share=0.65,
   warm_rule_share=0.8,
   warm_epochs=1.0,
@@ -63,9 +63,9 @@ DEFAULTS = dict(
   weight_decay=0.01,
   label_smoothing=0.0,
   loss_on='action',
-  epochs=2.0,
+  epochs=3.0,
   row_len=640,
-  batch_rows=2,
+  batch_rows=1,
   grad_accum=1,
   max_invalid=2,
   remat='full',  # on CPU recomputing is faster than storing: 420 against 310 tokens a second
