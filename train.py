@@ -214,20 +214,23 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
   place = step_lib.batch_shardings(mesh)
   metrics = Metrics(workdir / 'metrics.jsonl', batches.num_steps, start, config.log_every)
   loop_started, pending = time.perf_counter(), None
-  for step in range(start, batches.num_steps):
-    batch = batches[step]
-    num_tokens = int((batch['segment_ids'] > 0).sum())
-    state, values = train_step(state, model.frozen, jax.device_put(batch, place))
-    if pending:
-      metrics.add(*pending)
-    pending = (step, values, num_tokens)
-    if (step + 1) % config.checkpoint_every == 0 or step + 1 == batches.num_steps:
-      # Also keeps a state that is not finite from being saved.
-      metrics.add(*pending)
-      pending = None
-      checkpoints.save(state)
-  metrics.close()
-  checkpoints.close()
+  try:
+    for step in range(start, batches.num_steps):
+      batch = batches[step]
+      num_tokens = int((batch['segment_ids'] > 0).sum())
+      state, values = train_step(state, model.frozen, jax.device_put(batch, place))
+      if pending:
+        metrics.add(*pending)
+      pending = (step, values, num_tokens)
+      if (step + 1) % config.checkpoint_every == 0 or step + 1 == batches.num_steps:
+        # Also keeps a state that is not finite from being saved.
+        metrics.add(*pending)
+        pending = None
+        checkpoints.save(state)
+  finally:
+    metrics.close()
+    # Whatever ends the run, a checkpoint that is being written is completed.
+    checkpoints.close()
   loop_s = time.perf_counter() - loop_started
 
   # The adapter for others, and the record.

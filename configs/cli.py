@@ -11,7 +11,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from configs import common
+from configs import common, process
 from data import errors
 
 
@@ -54,6 +54,7 @@ def _override_message(argv: list[str], error: Exception) -> str:
 
 def run(main: Callable[[list[str]], None], required: tuple[str, ...] = ('config', 'workdir')):
   """Runs `main` as absl does; a UserError becomes one sentence and exit code 1 (2 for flags)."""
+  process.use_huge_pages()
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   def guarded(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ Each stage has a folder in the workdir and is skipped when it is finished; a sto
 `--dry_run` walks all of it with a shrunken random model and a few games.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -34,25 +35,26 @@ from configs import rollout as rollout_config
 from configs import train as train_config
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
-from experiments import warm_start
+from experiments import dry_run, warm_start
 from retrieval import hints as hints_lib
+from training import dataset
 
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
-
-# What a dry run shrinks. Everything else stays as the config says, so that what is walked is the
-# setting itself: its agent, layout, few-shots, filters and optimizer.
-_DRY = dict(
-  shrink=True, base='random', train_games=6, eval_games=4, max_env_steps=4, max_calls=6,
-  max_new_tokens=8, slots=4, dtype='float32', writer='rules')
-
 
 class Loop:
   """One run of the method: its config, its folder, and the base weights, loaded once."""
 
-  def __init__(self, config, workdir: pathlib.Path, dry_run: bool = False):
+  def __init__(self, config, workdir: pathlib.Path, dry_hint_url: str = ''):
+    """Describes the run; nothing is loaded or written yet.
+
+    Args:
+      config: as configs/hint_distillation.py makes it.
+      workdir: the run's folder.
+      dry_hint_url: the hint server of a dry run; '' for a real run.
+    """
     self.config = config
     self.workdir = workdir
-    self.dry_run = dry_run
+    self.dry_hint_url = dry_hint_url
     self.wall_s: dict[str, float] = {}
     self._base = None
 
@@ -73,10 +75,10 @@ class Loop:
       print(f'[{name}] finished before ({record["wall_s"]:.0f} s)', flush=True)
     else:
       print(f'[{name}]', flush=True)
-      folder.mkdir(parents=True, exist_ok=True)
+      earlier = _earlier_seconds(folder)
       started = time.perf_counter()
       record = body(folder) or {}
-      record['wall_s'] = time.perf_counter() - started
+      record['wall_s'] = earlier + time.perf_counter() - started
       workdir_lib.write_json(done, record)
     self.wall_s[name] = record['wall_s']
     return record
@@ -141,24 +143,43 @@ class Loop:
   def hints(self, folder: pathlib.Path) -> dict:
     """Writes the bank through retrieval.hints' own code; no failure gives an empty bank."""
     c = self.config
-    bank = hints_lib.main(types.SimpleNamespace(
-      episodes=str(self.workdir / 'base'), out=str(self.bank), writer=c.writer,
-      model=c.hint_model if c.writer == 'openai' else c.model, base=c.base,
-      adapter=self.start_adapter, slots=c.slots, max_context=c.max_context,
-      base_url=c.hint_base_url, timeout_s=60.0, retries=4))
-    return {'hints': len(bank.hints)}
+    source = self.workdir / 'base'
+    failures = sum(not e.success for e in trajectory.load_episodes(source))
+    if not failures:
+      print('No episode failed: the bank is empty and the teacher plays without hints.')
+      hints_lib.HintBank([], {'runs': [str(source)], 'failures': 0}).save(self.bank)
+      return {'hints': 0, 'failures': 0}
+    print(f'{failures} failures, writer {c.writer}, '
+          + ('under 0.1 min' if c.writer == 'rules' else 'one call of a model each'), flush=True)
+    bank = hints_lib.main(
+      types.SimpleNamespace(
+        episodes=str(source), out=str(self.bank), writer=c.writer,
+        model=c.hint_model if c.writer == 'openai' else c.model, adapter=self.start_adapter,
+        slots=c.slots, max_context=c.max_context,
+        base_url=self.dry_hint_url or c.hint_base_url, timeout_s=60.0, retries=4),
+      load_policy=lambda: (self.base.model(self.start_adapter), self.base.tokenizer,
+                           self.base.name))
+    return {'hints': len(bank.hints), 'failures': failures}
 
   def student(self, folder: pathlib.Path, source: str) -> dict:
+    """Trains on a stage's successes; without any, the student is what it would have continued."""
     # A random model solves nothing; its dry run trains on what there is.
-    untrained = dict(success_only=False, max_invalid=10**6) if self.dry_run else {}
-    return {'training': self.train(
+    untrained = dict(success_only=False, max_invalid=10**6) if self.dry_hint_url else {}
+    rules = dataset.Rules(max_invalid=self.config.max_invalid)
+    kept, counts = dataset.select(trajectory.load_episodes(self.workdir / source), rules)
+    if not kept and not untrained:
+      print(f'No episode of {source} passes the filter ({counts}): nothing to train on.')
+      return {'trained': 0, 'adapter': self.start_adapter}
+    trained = self.train(
       folder, self.workdir / source, self.start_adapter, drop_memory=True, drop_few_shot=True,
-      **untrained)}
+      **untrained)
+    return {'trained': trained['episodes']['kept'], 'adapter': str(folder / 'adapter'),
+            'training': trained}
 
   def evaluate(self, folder: pathlib.Path, policy: str, memory: str) -> dict:
     adapter = self.start_adapter
     if policy != 'base':
-      adapter = str(self.workdir / policy / 'adapter')
+      adapter = json.loads((self.workdir / policy / 'done.json').read_text())['adapter']
     episodes = self.rollout(
       folder, policy=policy, adapter=adapter, memory=memory, split=self.config.eval_split,
       games=self.config.eval_games)
@@ -167,7 +188,7 @@ class Loop:
   def run(self) -> dict[str, Any]:
     """All stages; returns and writes summary.json."""
     c = self.config
-    workdir_lib.open_workdir(self.workdir, {**c.to_dict(), 'dry_run': self.dry_run})
+    workdir_lib.open_workdir(self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)})
     if c.warm_episodes:
       self.stage('warm_start', self.warm_start)
     self.stage('base', lambda folder: self.collect(folder, 'none'))
@@ -194,27 +215,54 @@ class Loop:
     return record
 
 
-def dry(config):
-  """The config of a dry run: the same setting, a tiny model, a few games."""
-  if config.data != 'generated' and not pathlib.Path(config.data).is_dir():
-    print(f'{config.data} is not there: the dry run plays generated official games.', flush=True)
-    config.data = 'generated'
-    config.loop_skills = 'official'
-  config.update({key: value for key, value in _DRY.items() if key in config})
-  if config.warm_episodes:
-    config.warm_episodes = 8
-  return config
+def _earlier_seconds(folder: pathlib.Path) -> float:
+  """Seconds of the starts of a stage that were stopped, and notes that another one begins.
+
+  A killed process cannot say when it ended: it is taken to have lived until the last write to its
+  folder.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / 'starts.json'
+  record = json.loads(path.read_text()) if path.exists() else {'earlier_s': 0.0, 'started': None}
+  if record['started'] is not None:
+    last = max(file.stat().st_mtime for file in folder.rglob('*') if file.is_file())
+    record['earlier_s'] += max(0.0, last - record['started'])
+  workdir_lib.write_json(path, {'earlier_s': record['earlier_s'], 'started': time.time()})
+  return record['earlier_s']
+
+
+def check(config) -> None:
+  """What can be known to be wrong before anything slow starts.
+
+  Raises:
+    errors.UserError: no games asked for, the data folder or the writer's model is missing.
+  """
+  if config.train_games < 1 or config.eval_games < 1:
+    raise errors.UserError('train_games and eval_games must be at least 1.')
+  if '$' in config.data:
+    raise errors.UserError(
+      f'data is {config.data}, and that variable is not set; set it to the folder of the real '
+      'data, or give data=FOLDER or data=generated.')
+  hints_lib.check_flags(config.writer, config.hint_model)
+  if config.writer == 'openai' and 'api.openai.com' in config.hint_base_url and not os.environ.get(
+      'OPENAI_API_KEY'):
+    raise errors.UserError(
+      'writer=openai needs the environment variable OPENAI_API_KEY (or hint_base_url of a server '
+      'that wants no key).')
 
 
 def main(_):
   config = flags.FLAGS.config
   config.data = os.path.expandvars(config.data)
-  if _DRY_RUN.value:
-    config = dry(config)
   workdir = pathlib.Path(flags.FLAGS.workdir)
-  if config.train_games < 1 or config.eval_games < 1:
-    raise errors.UserError('train_games and eval_games must be at least 1.')
-  record = Loop(config, workdir, _DRY_RUN.value).run()
+  with contextlib.ExitStack() as stack:
+    hint_url = ''
+    if _DRY_RUN.value:
+      config = dry_run.shrink(config)
+      hint_url = stack.enter_context(dry_run.hint_server())
+    else:
+      check(config)
+    record = Loop(config, workdir, hint_url).run()
   print()
   print(summary.table(record['rows'], record['paired']))
   tokens = {

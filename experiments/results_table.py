@@ -1,13 +1,23 @@
-"""Writes README's results table from the committed JSON, so that no number is copied by hand.
+"""Files a run's summary as a committed result and writes README's table from it.
 
-  python -m experiments.results_table            # rewrites README.md
+  python -m experiments.results_table --workdir=runs/demo --machine='2 CPU cores'
+  python -m experiments.results_table            # only rewrites README.md
+
+No number of the README is copied by hand; a test compares the two.
 """
 
+import datetime
 import json
 import pathlib
 
+from absl import flags
+
+from data import errors
+from data import workdir as workdir_lib
+
 _ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
+DEMO = RESULTS / 'hint_distillation_demo.json'
 _BEGIN, _END = '<!-- results: begin -->', '<!-- results: end -->'
 
 
@@ -46,11 +56,31 @@ def insert(readme: str, table: str) -> str:
   return f'{before}{_BEGIN}\n{table}\n{_END}{after}'
 
 
-def main() -> None:
-  record = json.loads((RESULTS / 'hint_distillation_demo.json').read_text())
-  path = _ROOT / 'README.md'
-  path.write_text(insert(path.read_text(), demo_table(record)))
+def readme_text() -> str:
+  """README.md as it has to be for the committed results."""
+  record = json.loads(DEMO.read_text())
+  return insert((_ROOT / 'README.md').read_text(), demo_table(record))
+
+
+def main(_) -> None:
+  if flags.FLAGS.workdir:
+    path = pathlib.Path(flags.FLAGS.workdir) / 'summary.json'
+    if not path.is_file():
+      raise errors.UserError(f'{path} is not there; give --workdir of a finished run.')
+    record = json.loads(path.read_text())
+    record['measured'] = {
+      'command': flags.FLAGS.command, 'machine': flags.FLAGS.machine,
+      'date': datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()}
+    RESULTS.mkdir(exist_ok=True)
+    workdir_lib.write_json(DEMO, record)
+  if not DEMO.is_file():
+    raise errors.UserError(f'{DEMO} is not there; file a run with --workdir first.')
+  (_ROOT / 'README.md').write_text(readme_text())
 
 
 if __name__ == '__main__':
-  main()
+  from configs import cli
+  flags.DEFINE_string('workdir', '', 'Finished hint-distillation run to file.')
+  flags.DEFINE_string('command', 'make demo', 'The command that made it.')
+  flags.DEFINE_string('machine', '', 'What it ran on.')
+  cli.run(main, required=())

@@ -21,7 +21,13 @@ from retrieval import hint_rules
 
 
 def hint_block(
-  task: Task, rules: Sequence[household.Rule], rng: random.Random, k: int, rule_share: float
+  task: Task,
+  rules: Sequence[household.Rule],
+  rng: random.Random,
+  *,
+  k: int,
+  rule_share: float,
+  seed: int,
 ) -> tuple[memory_lib.Memory, list]:
   """Draws the hint block of one warm-start episode, in the words of the `rules` writer.
 
@@ -31,6 +37,7 @@ def hint_block(
     rng: of this episode.
     k: hints in the block.
     rule_share: probability that the rule that the task needs is among them.
+    seed: of the skill tables: no (verb, appliance) pair of the loop's or the hard table is told.
 
   Returns:
     (memory, rules that the block tells about the asked state: one or none). The other hints are
@@ -47,7 +54,7 @@ def hint_block(
   others = [rule for rule in rules if rule.state != state]
   # Rules of absent states and appliances too: a bank knows more than this house.
   others += [
-    rule for rule in household_skills.draw('warm', rng.randrange(2**31), task.id)
+    rule for rule in household_skills.draw('warm', seed, f'{task.id} others')
     if rule.state != state and rule.appliance not in {r.appliance for r in rules}]
   rng.shuffle(others)
   texts += [_text(rule) for rule in others[:k - len(texts)]]
@@ -84,7 +91,8 @@ def play(
     rng = random.Random(f'warm start {seed} {task.id}')
     memory, told = memory_lib.NO_MEMORY, []
     if rng.random() < hint_share:
-      memory, told = hint_block(task, suite.rules(task), rng, k, rule_share)
+      memory, told = hint_block(
+        task, suite.rules(task), rng, k=k, rule_share=rule_share, seed=seed)
     return expert_episodes.expert_episode(
       suite, task, tokenizer, spec, labels, memory=memory, known_rules=told)
 

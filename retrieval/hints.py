@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from data import errors
@@ -307,11 +307,13 @@ def load_runs(runs: Sequence[str]) -> list[trajectory_lib.Episode]:
   return episodes
 
 
-def main(flags) -> HintBank:
+def main(flags, load_policy: Callable[[], tuple] | None = None) -> HintBank:
   """The command: episodes in, bank and table out.
 
   Args:
     flags: has the flags of `define_flags` as attributes.
+    load_policy: gives (model, tokenizer, name) of the policy for writer 'self'; this room knows
+      neither models nor engines, so whoever calls it brings them.
   """
   from retrieval import hint_writers
   check_flags(flags.writer, flags.model)
@@ -325,14 +327,11 @@ def main(flags) -> HintBank:
       flags.base_url, flags.model, answers_path=answers, timeout_s=flags.timeout_s,
       retries=flags.retries)
   else:
-    # The one place where this room looks up: as a command it needs an engine with the policy in it.
-    from agents import policy
-    base = policy.load_base(flags.model or 'smollm2_135m', flags.base)
+    model, tokenizer, name = load_policy()
     writer = hint_writers.PolicyWriter(
       hint_writers.engine_generate(
-        base.model(flags.adapter), base.tokenizer, slots=flags.slots,
-        max_context=flags.max_context),
-      model=' + '.join(filter(None, (base.name, flags.adapter))), answers_path=answers)
+        model, tokenizer, slots=flags.slots, max_context=flags.max_context),
+      model=' + '.join(filter(None, (name, flags.adapter))), answers_path=answers)
   bank = distil(episodes, writer, runs=runs)
   bank.save(flags.out)
   print(summary_table(bank))
@@ -365,4 +364,12 @@ if __name__ == '__main__':
   from configs import cli
   from retrieval import hints
   define_flags()
-  cli.run(lambda _: hints.main(absl_flags.FLAGS), required=('episodes', 'out'))
+
+  def load_policy():
+    # As a program of its own this module is an entry, and entries look down on every room.
+    from agents import policy
+    chosen = absl_flags.FLAGS
+    base = policy.load_base(chosen.model or 'smollm2_135m', chosen.base)
+    return base.model(chosen.adapter), base.tokenizer, base.name
+
+  cli.run(lambda _: hints.main(absl_flags.FLAGS, load_policy), required=('episodes', 'out'))

@@ -54,7 +54,7 @@ def exact_search(keys: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndar
 
 
 class VectorIndex:
-  """A read-only ScaNN index over N vectors."""
+  """A read-only index over N vectors: ScaNN's, or NumPy's for exact scoring without ScaNN."""
 
   def __init__(self, keys: np.ndarray, searcher, report: IndexReport):
     self._keys = keys
@@ -83,7 +83,7 @@ class VectorIndex:
       recall_k: k at which recall against exact search is reported.
 
     Raises:
-      errors.UserError: if the keys are not a finite matrix.
+      errors.UserError: if the keys are not a finite matrix, or a tree is wanted without ScaNN.
     """
     keys = np.ascontiguousarray(keys, dtype=np.float32)
     if keys.ndim != 2 or not np.isfinite(keys).all():
@@ -123,6 +123,8 @@ class VectorIndex:
     k = max(0, min(k, self.size))
     if k == 0 or len(queries) == 0:
       return np.zeros((len(queries), k), np.int32), np.zeros((len(queries), k), np.float32)
+    if self._searcher is None:
+      return exact_search(self._keys, queries, k)
     ids, scores = self._searcher.search_batched(queries, final_num_neighbors=k)
     ids, scores = np.asarray(ids).astype(np.int32), np.asarray(scores, np.float32)
     if not np.isfinite(scores).all():
@@ -149,7 +151,7 @@ class VectorIndex:
     """Reads what `save` wrote.
 
     Raises:
-      errors.UserError: if the folder holds no complete index.
+      errors.UserError: if the folder holds no complete index, or a tree and ScaNN is missing.
     """
     folder = pathlib.Path(folder)
     try:
@@ -160,20 +162,42 @@ class VectorIndex:
     except (OSError, ValueError, TypeError):
       raise errors.UserError(f'{folder} holds no complete index; build it again.') from None
     if report.kind == 'tree_ah':
-      import scann
-      searcher = scann.scann_ops_pybind.load_searcher(str(folder / _ASSETS))
+      searcher = _scann_for_tree(report.size).scann_ops_pybind.load_searcher(str(folder / _ASSETS))
     else:
       searcher = _searcher(keys, report.kind, 1.0)
     return cls(keys, searcher, report)
 
 
+def _scann():
+  """The ScaNN package; None where it is not installed (its wheels are for Linux on x86-64)."""
+  # Imported late: ScaNN takes half a second, which commands that never search should not wait for.
+  try:
+    import scann
+  except ImportError:
+    return None
+  return scann
+
+
+def _scann_for_tree(size: int):
+  scann = _scann()
+  if scann is None:
+    raise errors.UserError(
+      f'A tree over {size} keys needs the package scann, which is not installed; pip install it '
+      '(it has wheels for Linux on x86-64), or build the index with exact_below above that number.')
+  return scann
+
+
 def _searcher(keys: np.ndarray, kind: str, leaves_searched: float):
-  """Returns a ScaNN searcher over `keys` [N, D], None for an empty bank."""
+  """Returns a ScaNN searcher over `keys` [N, D]; None where `exact_search` does its work.
+
+  That is an empty bank, and exact scoring on a machine without ScaNN.
+  """
   if kind == 'empty':
     return None
-  # Imported late: ScaNN takes half a second, which commands that never search should not wait for.
-  import scann
   size = len(keys)
+  scann = _scann() if kind == 'exact' else _scann_for_tree(size)
+  if scann is None:
+    return None
   builder = scann.scann_ops_pybind.builder(keys, min(10, size), 'dot_product')
   if kind == 'exact':
     return builder.score_brute_force().build()

@@ -50,7 +50,6 @@ class Metrics:
     """
     values = {name: float(value) for name, value in metrics.items()}
     if not (math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])):
-      self.close()
       raise UserError(
         f'Step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}; training '
         'stopped and the last checkpoint is kept. Lower learning_rate or set clip_norm.'

@@ -147,7 +147,7 @@ def make_train_step(
     metrics = {
       'loss': loss,
       'accuracy': accuracy,
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
       'learning_rate': jnp.float32(schedule(state.step)),
       'loss_tokens': batch['loss_weight'].sum(),
     }

@@ -3,12 +3,17 @@
 import json
 import os
 import pathlib
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+
+from data import trajectory
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _ROW_KEYS = {
@@ -46,6 +51,41 @@ def _check(workdir, games):
   return record
 
 
+def _stage_config(workdir, stage):
+  return json.loads((workdir / stage / 'config.json').read_text())
+
+
+def _check_wiring(workdir, warm):
+  """Each stage reads what the method says it reads."""
+  start = str(workdir / 'warm_start' / 'adapter') if warm else ''
+  for stage, source in (('sft', 'base'), ('distilled', 'teacher')):
+    config = _stage_config(workdir, stage)
+    assert config['data'] == str(workdir / source)
+    assert config['init_adapter'] == start
+    assert config['drop_memory'] and config['drop_few_shot']
+  adapters = {'base': start, 'base+hints': start, 'sft': str(workdir / 'sft' / 'adapter'),
+              'distilled': str(workdir / 'distilled' / 'adapter')}
+  played = {}
+  for row, adapter in adapters.items():
+    config = _stage_config(workdir, f'evaluation/{row}')
+    assert config['adapter'] == adapter
+    assert config['memory'] == ('hints' if row == 'base+hints' else 'none')
+    assert config['split'] == 'valid_unseen' and config['temperature'] == 0
+    played[row] = trajectory.load_episodes(workdir / 'evaluation' / row)
+  tasks = [{e.task_id for e in episodes} for episodes in played.values()]
+  assert tasks[0] == tasks[1] == tasks[2] == tasks[3]
+  for stage, memory in (('base', 'none'), ('teacher', 'hints')):
+    config = _stage_config(workdir, stage)
+    assert (config['split'], config['memory'], config['adapter']) == ('train', memory, start)
+    trained_on = {e.task_id for e in trajectory.load_episodes(workdir / stage)}
+    assert not trained_on & tasks[0]
+  bank = json.loads((workdir / 'hints' / 'bank.json').read_text())
+  assert bank['provenance']['runs'] == [str(workdir / 'base')]
+  assert all(e.memory == 'hints' and e.retrieved for e in played['base+hints'])
+  assert not any((e.kinds == trajectory.KIND['memory']).any() for e in played['distilled'])
+  return bank
+
+
 def test_the_demo_setting_survives_a_kill_and_goes_on(smollm2_path, minilm_path, tmp_path):
   workdir = tmp_path / 'demo'
   command = _command('model=smollm2_135m', workdir)
@@ -63,6 +103,10 @@ def test_the_demo_setting_survives_a_kill_and_goes_on(smollm2_path, minilm_path,
   assert '[base] finished before' in run.stdout
   assert (workdir / 'warm_start' / 'done.json').read_text() == warm_start
   _check(workdir, 4)
+  _check_wiring(workdir, warm=True)
+  assert _stage_config(workdir, 'base')['skills'] == 'loop'
+  warm = json.loads((workdir / 'warm_start' / 'done.json').read_text())
+  assert warm['won'] == warm['episodes'] == 8
   assert (workdir / 'distilled' / 'adapter' / 'adapter_config.json').exists()
 
 
@@ -74,6 +118,8 @@ def test_the_papers_setting_runs_dry(model, smollm2_path, minilm_path, tmp_path)
     text=True)
   assert run.returncode == 0, run.stderr[-2000:]
   record = _check(workdir, 4)
+  bank = _check_wiring(workdir, warm=False)
+  assert bank['provenance']['writer']['name'] == 'openai'
   config = record['config']
   assert (config['k'], config['rank'], config['alpha']) == (3, 64, 128)
   assert config['agent'] == 'react' and config['layout'] == 'paper_a' and config['few_shots'] > 0
@@ -85,3 +131,58 @@ def test_the_papers_setting_is_the_papers():
   assert config.train_games == 1200 and config.eval_games == 134 and config.warm_episodes == 0
   assert (config.learning_rate, config.dropout, config.weight_decay) == (2e-4, 0.10, 0.01)
   assert (config.batch_rows, config.grad_accum, config.row_len, config.epochs) == (2, 4, 1024, 1)
+
+
+def test_the_loop_survives_a_base_that_never_fails_or_never_wins(tmp_path, monkeypatch):
+  from configs import hint_distillation as config_lib
+  from experiments import hint_distillation
+  loop = hint_distillation.Loop(config_lib.get_config('warm_episodes=0'), tmp_path)
+  won = types.SimpleNamespace(success=True, invalid_actions=9, repeated_noops=0)
+  monkeypatch.setattr(trajectory, 'load_episodes', lambda _: [won])
+  assert loop.stage('hints', loop.hints)['hints'] == 0
+  assert json.loads(loop.bank.read_text())['hints'] == []
+  # Nine invalid actions: the paper's filter leaves nothing to train on.
+  record = loop.stage('sft', lambda folder: loop.student(folder, 'base'))
+  assert record['trained'] == 0 and record['adapter'] == ''
+
+
+@pytest.mark.parametrize('config, words', [
+  ('train_games=0', 'at least 1'), ('writer=none', 'no hint writer'),
+  ('model=qwen25_7b', 'that variable is not set'),
+  ('model=qwen25_7b,data=generated', 'OPENAI_API_KEY'),
+  ('writer=openai,hint_base_url=http://127.0.0.1:1/v1', '--model')])
+def test_bad_input_is_one_sentence(config, words, tmp_path):
+  command = _command(config, tmp_path / 'run')
+  command.remove('--dry_run')
+  environment = _environment()
+  environment.pop('OPENAI_API_KEY', None)
+  run = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+  assert run.returncode == 1
+  assert words in run.stderr and 'Traceback' not in run.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_warm_start_hints_tell_no_rule_of_the_loop(seed):
+  from envs import get_suite, household_skills
+  from experiments import warm_start
+  from retrieval import hint_rules
+  suite = get_suite('household', skills='warm', seed=seed, num_train=60, task_types=('make_state',))
+  held_out = {(r.verb, r.appliance) for pool in ('loop', 'hard')
+              for r in household_skills.draw(pool, seed)}
+  states = {s for pool in ('loop', 'hard') for s in household_skills.POOLS[pool]}
+  told_count = 0
+  for task in suite.tasks('train'):
+    memory, told = warm_start.hint_block(
+      task, suite.rules(task), random.Random(task.id), k=3, rule_share=0.8, seed=seed)
+    texts = [hint['text'] for hint in memory.retrieved]
+    assert len(texts) == len(set(texts)) == 3
+    state = hint_rules.parse_goal(task.instruction).state
+    about = [t for t in texts if f' {state},' in t]
+    assert len(about) == len(told) and all(rule.state == state for rule in told)
+    told_count += len(told)
+    for text in texts:
+      match = re.match(r'To make {object} (\w+), (\w+) it with the (\w+)', text)
+      if match:
+        assert match[1] not in states and (match[2], match[3]) not in held_out
+  assert 0.6 < told_count / 60 < 0.95

@@ -1,0 +1,257 @@
+"""train.py as a user starts it: a whole run, a run that is killed and started again, bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import train
+from configs import train as train_config
+from data import trajectory
+from data.errors import UserError
+from data.tokenizer import Tokenizer
+from models import decoder, registry, weights
+from models.lora import LoraConfig
+from tests.agents import fakes
+
+KINDS = {name: trajectory.KIND[name] for name in trajectory.KINDS}
+
+
+def make_episodes(tokenizer: Tokenizer, count=14, fingerprint=None):
+  rng = np.random.default_rng(0)
+  episodes = []
+  for i in range(count):
+    parts = [('system', 6), ('memory', 5), ('task', 7)]
+    for _ in range(rng.integers(1, 4)):
+      parts += [('action', rng.integers(3, 7)), ('observation', rng.integers(4, 9))]
+    kinds = np.concatenate([np.full(n, KINDS[kind]) for kind, n in parts])
+    episodes.append(
+      trajectory.Episode(
+        id=f'e{i}',
+        task_id=f't{i}',
+        env='household',
+        task_type='pick',
+        split='train',
+        instruction='',
+        seed=0,
+        policy='expert',
+        agent='plain',
+        memory='hints',
+        model='tiny',
+        tokenizer=fingerprint or tokenizer.fingerprint,
+        # A pattern that can be learnt.
+        tokens=5 + np.arange(len(kinds)) * 3 % 40,
+        kinds=kinds,
+        logprobs=np.zeros(len(kinds)),
+        steps=[],
+        success=i != 3,
+        score=float(i != 3),
+        termination='success' if i != 3 else 'step_limit',
+      )
+    )
+  return episodes
+
+
+@pytest.fixture(scope='module')
+def rooms(tmp_path_factory):
+  """A tokenizer folder, a journal run and a TFDS run."""
+  root = tmp_path_factory.mktemp('train')
+  tokenizer = Tokenizer.load(fakes.tokenizer_folder(root / 'tokenizer'))
+  episodes = make_episodes(tokenizer)
+  journal = trajectory.Journal(root / 'first' / trajectory.JOURNAL_NAME)
+  for episode in episodes[:8]:
+    journal.append(episode)
+  journal.close()
+  trajectory.write_tfds(episodes[8:], root / 'second' / trajectory.TFDS_NAME)
+  return root
+
+
+def values(rooms, **changes):
+  fields = dict(
+    model='smollm2_135m',
+    base='random',
+    shrink=True,
+    tokenizer=str(rooms / 'tokenizer'),
+    data=f'{rooms / "first"},{rooms / "second"}',
+    row_len=64,
+    batch_rows=2,
+    rank=4,
+    alpha=8.0,
+    dropout=0.1,
+    learning_rate=1e-2,
+    epochs=10,
+    dtype='float32',
+    checkpoint_every=7,
+  )
+  return fields | changes
+
+
+def command(rooms, workdir, **changes):
+  pairs = values(rooms, **changes)
+  argument = ','.join(f'{key}={value}' for key, value in pairs.items())
+  return [
+    sys.executable, 'train.py', f'--config=configs/train.py:{argument}', f'--workdir={workdir}',
+  ]
+
+
+def run_command(rooms, workdir, **changes):
+  return subprocess.run(
+    command(rooms, workdir, **changes), capture_output=True, text=True, check=False
+  )
+
+
+def read_metrics(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def finished(rooms):
+  """One uninterrupted run, started as a command."""
+  result = run_command(rooms, rooms / 'whole')
+  assert result.returncode == 0, result.stderr
+  return result, rooms / 'whole'
+
+
+def test_a_whole_run(rooms, finished):
+  result, workdir = finished
+  assert {p.name for p in workdir.iterdir()} == {
+    'config.json', 'metrics.jsonl', 'checkpoints', 'adapter', 'summary.json',
+  }
+  record = json.loads((workdir / 'summary.json').read_text())
+  assert record['episodes'] == {'episodes': 14, 'not_successful': 1, 'kept': 13, 'too_long': 0}
+  assert 0.5 < record['packing_efficiency'] <= 1
+  assert record['tokens'] > record['loss_tokens'] > 0 and record['wall_s'] > record['train_s'] > 0
+  assert record['versions']['jax']
+  lines = read_metrics(workdir)
+  assert [line['step'] for line in lines] == list(range(1, record['steps'] + 1))
+  assert lines[-1]['loss'] < lines[0]['loss'] - 0.5
+  assert 'not_successful 1' in result.stderr and 'min' in result.stderr.splitlines()[1]
+  assert 'adapter in' in result.stdout
+
+  config = registry.shrink(registry.get_config('smollm2_135m'), vocab_size=_vocab(rooms))
+  lora, params = weights.load_peft(workdir / 'adapter', config)
+  assert (lora.rank, lora.alpha) == (4, 8)
+  assert all(np.abs(value).max() > 0 for value in params.values())
+
+
+def _vocab(rooms):
+  return Tokenizer.load(rooms / 'tokenizer').vocab_size
+
+
+def test_a_killed_run_goes_on_and_ends_bitwise_equal(rooms, finished):
+  workdir = rooms / 'killed'
+  process = subprocess.Popen(
+    command(rooms, workdir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  deadline = time.time() + 300
+  while not (workdir / 'checkpoints' / '7').is_dir():
+    assert process.poll() is None and time.time() < deadline
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (workdir / 'summary.json').exists()
+  result = run_command(rooms, workdir, log_every=2)
+  assert result.returncode == 0, result.stderr
+  record = json.loads((workdir / 'summary.json').read_text())
+  assert record['resumed_at'] >= 7
+  name = pathlib.Path('adapter') / 'adapter_model.safetensors'
+  assert (workdir / name).read_bytes() == (finished[1] / name).read_bytes()
+  steps = [line['step'] for line in read_metrics(workdir)]
+  assert steps == sorted(set(steps)) and steps[-1] == record['steps']
+
+
+def test_a_finished_run_is_not_repeated_and_another_config_is_named(rooms, finished):
+  config = train_config.make(values(rooms))
+  before = (finished[1] / 'summary.json').stat().st_mtime_ns
+  assert train.run(config, finished[1])['steps'] > 0
+  assert (finished[1] / 'summary.json').stat().st_mtime_ns == before
+  with pytest.raises(UserError, match=r'learning_rate \(there 0.01, now 0.5\)'):
+    train.run(train_config.make(values(rooms, learning_rate=0.5)), finished[1])
+
+
+def test_continues_an_adapter_of_the_same_shape_only(rooms, finished, tmp_path):
+  adapter = str(finished[1] / 'adapter')
+  config = train_config.make(values(rooms, init_adapter=adapter, epochs=1, learning_rate=1e-4))
+  record = train.run(config, tmp_path / 'next')
+  assert record['loss'] < read_metrics(finished[1])[0]['loss'] - 0.5
+  for changes in ({'rank': 8}, {'alpha': 16.0}, {'targets': 'q,v'}):
+    with pytest.raises(UserError, match=next(iter(changes))):
+      train.run(
+        train_config.make(values(rooms, init_adapter=adapter, **changes)),
+        tmp_path / next(iter(changes)),
+      )
+  other = registry.shrink(registry.get_config('smollm2_135m'), vocab_size=_vocab(rooms), mlp_dim=64)
+  model = decoder.create(other, LoraConfig(4, 8))
+  weights.export_peft(
+    tmp_path / 'wide', other, model.lora_config, decoder.to_params(model.lora), 'x'
+  )
+  with pytest.raises(UserError, match='shape'):
+    train.run(
+      train_config.make(values(rooms, init_adapter=str(tmp_path / 'wide'))), tmp_path / 'bad'
+    )
+
+
+def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
+  config = train_config.make(
+    values(rooms, learning_rate=1e30, warmup_fraction=0.0, clip_norm=0.0, checkpoint_every=1)
+  )
+  with pytest.raises(UserError, match=r'^Step 1: loss'):
+    train.run(config, tmp_path)
+  assert not (tmp_path / 'adapter').exists()
+  kept = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
+  assert kept == [1]
+
+
+@pytest.mark.parametrize(
+  'changes,message',
+  [
+    ({'data': ''}, 'data is empty'),
+    ({'data': '/nowhere'}, 'holds no episodes'),
+    ({'row_len': 8}, 'row_len=8'),
+    ({'batch_rows': 0}, 'positive'),
+    ({'mesh': '3,1'}, 'mesh'),
+    ({'mesh': '4,1,1'}, 'batch_rows=2'),
+    ({'mesh': '64,1,1'}, '64'),
+    ({'loss_on': 'thoughts'}, 'loss_on'),
+    ({'schedule': 'step'}, 'schedule'),
+    ({'remat': 'some'}, 'remat'),
+    ({'init_adapter': '/nowhere'}, '/nowhere'),
+  ],
+)
+def test_bad_input_is_one_sentence(rooms, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    train.run(train_config.make(values(rooms, **changes)), tmp_path)
+
+
+def test_episodes_of_another_tokenizer_are_refused(rooms, tmp_path):
+  journal = trajectory.Journal(tmp_path / 'other' / trajectory.JOURNAL_NAME)
+  journal.append(make_episodes(None, 1, fingerprint='f' * 64)[0])
+  with pytest.raises(UserError, match='f' * 12):
+    train.run(train_config.make(values(rooms, data=str(tmp_path / 'other'))), tmp_path / 'run')
+
+
+def test_a_too_long_episode_is_counted(rooms, tmp_path):
+  record = train.run(train_config.make(values(rooms, row_len=40, epochs=0.5)), tmp_path)
+  assert record['episodes']['too_long'] > 0
+
+
+@pytest.mark.parametrize(
+  'argument,code,message',
+  [('learning_rat=1', 2, 'learning_rate'), ('data=/nowhere', 1, 'holds no episodes')],
+)
+def test_a_mistake_in_the_command_is_told_without_a_traceback(tmp_path, argument, code, message):
+  result = subprocess.run(
+    [sys.executable, 'train.py', f'--config=configs/train.py:{argument}', f'--workdir={tmp_path}'],
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ,
+  )
+  assert result.returncode == code and message in result.stderr
+  assert 'Traceback' not in result.stderr
