@@ -8,9 +8,12 @@ in the command is told at once.
 """
 
 import ast
+import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -36,15 +39,14 @@ def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
   """
   options = {}
   for pair in filter(None, config.env_options.split(';')):
-    key, colon, text = pair.partition(':')
-    try:
-      numbers = [ast.literal_eval(part) for part in text.split('-')]
-    except (SyntaxError, ValueError):
-      numbers = [text]
+    key, colon, text = (part.strip() for part in pair.partition(':'))
     if not colon or not text:
       raise errors.UserError(
         f'env_options part {pair!r} is not of the form key:value or key:low-high.')
-    options[key.strip()] = numbers[0] if len(numbers) == 1 else tuple(numbers)
+    if key in ('name', 'data'):
+      raise errors.UserError(
+        f'env_options cannot set {key}; it is the config key {"env" if key == "name" else key}.')
+    options[key] = _option_value(text)
   if config.env == 'household':
     options = {
       'skills': config.skills, 'seed': config.env_seed,
@@ -53,6 +55,17 @@ def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
       'num_train': 0 if config.few_shots else config.episodes, 'num_valid': config.episodes,
       **options}
   return envs.get_suite(config.env, data=config.data, **options)
+
+
+def _option_value(text: str) -> Any:
+  """A number, a range low-high as a tuple, or else the text itself."""
+  for parts in ([text], text.split('-')):
+    try:
+      values = tuple(ast.literal_eval(part) for part in parts)
+    except (SyntaxError, ValueError):
+      continue
+    return values[0] if len(values) == 1 else values
+  return text
 
 
 def choose_tasks(suite: envs_base.Suite, split: str, count: int) -> list[envs_base.Task]:
@@ -102,6 +115,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
   tasks = choose_tasks(suite, config.split, config.episodes)
+  if row := _finished_row(workdir, tasks):
+    show(workdir, row)
+    return
   index = None
   if config.memory != 'none':
     index = memory_lib.load_index(config.bank, config.retrieval, workdir / 'hint_vectors.npz')
@@ -117,9 +133,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
       base = policy_lib.load_base(
         config.model, config.base, tokenizer=config.tokenizer, shrink=config.shrink,
         dtype=config.dtype, seed=config.seed)
+    if config.max_context > base.config.max_position:
+      raise errors.UserError(
+        f'max_context={config.max_context} is more than the {base.config.max_position} positions '
+        f'that {base.name} was trained for; set max_context to that or less.')
     model_name, tokenizer = base.name, base.tokenizer
     model = base.model(config.adapter)
-  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
 
   # 3. What each episode has in its prompt, chosen once at its start (paper A, step 3).
   memories, examples = {}, {}
@@ -135,35 +154,62 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
   # 4. Play.
   policy = config.policy or ('expert' if expert else 'adapter' if config.adapter else 'base')
   labels = episode_lib.Labels(policy, model_name, config.split, config.seed)
-  if expert:
-    episodes = runner.play_each(
-      lambda task: expert_episodes.expert_episode(
-        suite, task, tokenizer, spec, labels, thoughts=config.expert_thoughts,
-        memory=memories.get(task.id, memory_lib.NO_MEMORY),
-        examples=examples.get(task.task_type, ()),
-        known_rules=suite.rules(task) if config.expert_knows_rules else ()),
-      tasks, labels, workdir)
-  else:
+  if not expert:
+    runner.check_first_prompt(
+      config.max_context, tokenizer, suite, tasks, spec, labels, memories=memories,
+      examples=examples)
     from inference.engine import Engine, SamplingConfig
     engine = Engine(
       model, num_slots=min(config.slots, len(tasks)), max_len=config.max_context,
       stop_ids=tokenizer.stop_ids, sampling=SamplingConfig(temperature=config.temperature),
       decode_steps=config.decode_steps, cache_dtype=config.dtype, seed=config.seed)
-    episodes = runner.play(
-      engine, tokenizer, suite, tasks, spec, labels, workdir, memories=memories, examples=examples)
+  # Last of all that bad input can stop: from here on the folder refuses every other config.
+  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
+  clock = workdir_lib.WallClock(workdir, started=started)
+  try:
+    if expert:
+      episodes = runner.play_each(
+        lambda task: expert_episodes.expert_episode(
+          suite, task, tokenizer, spec, labels, thoughts=config.expert_thoughts,
+          memory=memories.get(task.id, memory_lib.NO_MEMORY),
+          examples=examples.get(task.task_type, ()),
+          known_rules=suite.rules(task) if config.expert_knows_rules else ()),
+        tasks, labels, workdir, after_episode=clock.save)
+    else:
+      episodes = runner.play(
+        engine, tokenizer, suite, tasks, spec, labels, workdir, memories=memories,
+        examples=examples, after_episode=clock.save)
+  finally:
+    clock.save()
 
   # 5. The row.
   row = summary.row(
     episodes, id=policy if config.memory == 'none' else f'{policy}+{config.memory}',
     policy=policy, memory=config.memory, split=config.split, seed=config.seed)
-  report(workdir, row, time.perf_counter() - started, {} if expert else engine.stats.as_dict())
-
-
-def report(workdir: pathlib.Path, row: dict, seconds: float, engine_stats: dict) -> None:
-  """Writes summary.json; prints the row and by what the episodes ended."""
   workdir_lib.write_json(workdir / 'summary.json', {
-    'rows': [row], 'paired': [], 'wall_s': {'rollout': seconds}, 'engine': engine_stats,
-    'versions': summary.versions()})
+    'rows': [row], 'paired': [], 'wall_s': {'rollout': clock.seconds()},
+    'engine': {} if expert else engine.stats.as_dict(), 'versions': summary.versions()})
+  show(workdir, row)
+
+
+def _finished_row(
+  workdir: pathlib.Path, tasks: Sequence[envs_base.Task]
+) -> dict[str, Any] | None:
+  """The row of a run that has played all of `tasks`; None where something is left to do."""
+  try:
+    row = json.loads((workdir / 'summary.json').read_text())['rows'][0]
+    whole = row['n'] == sum(row['terminations'].values()) == len(tasks)
+  except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+    return None
+  if not whole or not (workdir / trajectory.TFDS_NAME).exists():
+    return None
+  journal = trajectory.Journal(workdir / trajectory.JOURNAL_NAME)
+  played = {episode.task_id for episode in journal.read()}
+  return row if played >= {task.id for task in tasks} else None
+
+
+def show(workdir: pathlib.Path, row: dict[str, Any]) -> None:
+  """Prints the row of the run and by what its episodes ended."""
   print(summary.table([row]))
   print('ended by: ' + ', '.join(f'{name} {n}' for name, n in row['terminations'].items()))
   print(f'episodes in {workdir / trajectory.JOURNAL_NAME}', file=sys.stderr)

@@ -80,17 +80,12 @@ def make_model(config, base, mesh):
   Raises:
     UserError: `init_adapter` is missing, broken, or of another shape than the config asks for.
   """
-  import numpy as np
-
   from models import decoder, weights
   from models.lora import LoraConfig
 
   targets = tuple(name.strip() for name in config.targets.split(',') if name.strip())
   lora = LoraConfig(config.rank, config.alpha, config.dropout, targets)
-  params = base.params
-  if params is None:
-    random = decoder.create(base.config, seed=base.seed)
-    params = {name: np.asarray(value) for name, value in decoder.to_params(random.frozen).items()}
+  params = base.host_params()
   adapter = {}
   if config.init_adapter:
     found, adapter = weights.load_peft(config.init_adapter, base.config)
@@ -117,8 +112,10 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
     raise errors.UserError('batch_rows, grad_accum, row_len and epochs must be positive.')
   if config.log_every < 1 or config.checkpoint_every < 1:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
+  if config.remat not in ('none', 'full'):
+    raise errors.UserError(f'remat={config.remat!r}: choose none or full.')
   examples, counts, fingerprints = load_data(config)
-  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
+  workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   summary_path = workdir / 'summary.json'
   if summary_path.exists():
     print(f'{workdir} is finished already.', file=sys.stderr)
@@ -127,7 +124,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
   import jax
 
   from agents.policy import load_base
-  from models import decoder, weights
+  from models import decoder, registry, weights
   from training import optimizer as optimizer_lib
   from training import packing, speed
   from training import step as step_lib
@@ -177,6 +174,8 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
   optimizer = optimizer_lib.make_optimizer(
     schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm
   )
+  # Nothing is written before all of the command has been found good.
+  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   state, shardings = step_lib.init_state(model, optimizer, mesh)
   train_step = step_lib.make_train_step(
     model,
@@ -239,7 +238,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
     base.config,
     model.lora_config,
     jax.device_get(decoder.to_params(state.lora)),
-    base.name,
+    registry.HUGGING_FACE_IDS.get(base.name, base.name),
   )
   record = {
     'steps': batches.num_steps,
@@ -262,8 +261,9 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
 
 def main(_):
   record = run(flags.FLAGS.config, flags.FLAGS.workdir)
+  loss = 'not recorded' if record['loss'] is None else f'{record["loss"]:.4f}'
   print(
-    f'{record["steps"]} steps, {record["tokens"]} tokens, loss {record["loss"]:.4f}, '
+    f'{record["steps"]} steps, {record["tokens"]} tokens, loss {loss}, '
     f'{record["wall_s"] / 60:.1f} min; adapter in {flags.FLAGS.workdir}/adapter'
   )
 

@@ -23,7 +23,7 @@ class Base:
     name: of the model, for the record.
     config: its architecture.
     tokenizer: its tokenizer.
-    params: flat name -> array; None for random weights, which are drawn in `model`.
+    params: flat name -> array; None for random weights, which `host_params` and `model` draw.
     seed: of random weights.
   """
 
@@ -47,13 +47,21 @@ class Base:
     if adapter:
       check_adapter(adapter)
       lora, extra = weights.load_peft(adapter, self.config)
-    params = self.params
-    if params is None:
-      random = decoder.create(self.config, seed=self.seed, mesh=mesh)
-      if not adapter:
-        return random
-      params = {k: np.asarray(v) for k, v in decoder.to_params(random.frozen).items()}
+    if self.params is None and not adapter:
+      return decoder.create(self.config, seed=self.seed, mesh=mesh)
+    params = self.host_params(mesh=mesh)
     return decoder.from_params(self.config, {**params, **extra}, lora, mesh=mesh)
+
+  def host_params(self, *, mesh=None) -> Mapping[str, np.ndarray]:
+    """The weights as flat name -> array; random ones are drawn, on `mesh`, and copied to the host.
+
+    Args:
+      mesh: where random weights are drawn; None is the default device.
+    """
+    if self.params is not None:
+      return self.params
+    random = decoder.create(self.config, seed=self.seed, mesh=mesh)
+    return {k: np.asarray(v) for k, v in decoder.to_params(random.frozen).items()}
 
 
 def check_adapter(folder: str) -> None:

@@ -5,6 +5,7 @@ dispatch. A run that is stopped and started again goes on with the tasks that it
 """
 
 import collections
+import functools
 import math
 import pathlib
 import shutil
@@ -37,6 +38,7 @@ def play(
   memories: Mapping[str, memory_lib.Memory] | None = None,
   examples: Mapping[str, Sequence[prompts.Example]] | None = None,
   progress: bool = True,
+  after_episode: Callable[[], None] | None = None,
 ) -> list[trajectory.Episode]:
   """Plays every task once, or what is left of them, and writes journal and TFDS store.
 
@@ -51,6 +53,7 @@ def play(
     memories: task id -> memory, chosen at episode start; a task that is missing has none.
     examples: task type -> few-shot examples.
     progress: state the predicted minutes first and show a bar.
+    after_episode: called when an episode is safe.
 
   Returns:
     The episodes in the order of `tasks`, those of an earlier start included.
@@ -58,16 +61,9 @@ def play(
   Raises:
     errors.UserError: the journal is broken or belongs to another process.
   """
-  memories, examples = memories or {}, examples or {}
-  templates = list(suite.action_templates)
-
-  def new_run(task: Task) -> episode_lib.EpisodeRun:
-    return episode_lib.EpisodeRun(
-      task, suite.make, tokenizer, spec, labels, action_templates=templates,
-      memory=memories.get(task.id, memory_lib.NO_MEMORY),
-      examples=examples.get(task.task_type, ()))
-
-  keeper = _Keeper(workdir, tasks, labels, progress)
+  new_run = functools.partial(
+    _new_run, tokenizer, suite, spec, labels, memories or {}, examples or {})
+  keeper = _Keeper(workdir, tasks, labels, progress, after_episode)
   waiting = collections.deque(keeper.left)
   if progress and waiting:
     print(_prediction(engine, spec, keeper, new_run(waiting[0])), file=sys.stderr, flush=True)
@@ -105,6 +101,45 @@ def play(
   return keeper.finish()
 
 
+def check_first_prompt(
+  max_context: int,
+  tokenizer: Tokenizer,
+  suite: Suite,
+  tasks: Sequence[Task],
+  spec: episode_lib.AgentSpec,
+  labels: episode_lib.Labels,
+  *,
+  memories: Mapping[str, memory_lib.Memory] | None = None,
+  examples: Mapping[str, Sequence[prompts.Example]] | None = None,
+) -> None:
+  """Checks, before a model plays, that the first prompt and one reply fit into the context.
+
+  A run whose first prompt does not fit is useless, as prompts differ little; a later prompt or turn
+  that does not fit ends its own episode (context_overflow). A game that does not start is passed
+  over: `play` counts it.
+
+  Args:
+    max_context: tokens of a slot.
+    tokenizer, suite, tasks, spec, labels, memories, examples: as for `play`.
+
+  Raises:
+    errors.UserError: it does not fit.
+  """
+  for task in tasks:
+    run = _new_run(tokenizer, suite, spec, labels, memories or {}, examples or {}, task)
+    run.start()
+    if run.done:
+      continue
+    prompt = len(run.next_tokens())
+    run.overflow()  # closes its environment
+    if prompt + spec.max_new_tokens > max_context:
+      raise errors.UserError(
+        f'The first prompt has {prompt} tokens and a reply up to {spec.max_new_tokens} more, which '
+        f'do not fit into max_context={max_context}; set it to {prompt + spec.max_new_tokens} or '
+        'more (every turn of an episode needs room, too), or give fewer few_shots or hints.')
+    return
+
+
 def play_each(
   make_episode: Callable[[Task], trajectory.Episode],
   tasks: Sequence[Task],
@@ -112,14 +147,15 @@ def play_each(
   workdir: str | pathlib.Path,
   *,
   progress: bool = True,
+  after_episode: Callable[[], None] | None = None,
 ) -> list[trajectory.Episode]:
   """`play` for episodes that need no engine (scripted experts): one after the other.
 
   Args:
     make_episode: plays one task; its episode's id must be `labels.episode_id(task.id)`.
-    tasks, labels, workdir, progress: as for `play`.
+    tasks, labels, workdir, progress, after_episode: as for `play`.
   """
-  keeper = _Keeper(workdir, tasks, labels, progress)
+  keeper = _Keeper(workdir, tasks, labels, progress, after_episode)
   if progress and keeper.left:
     started = time.perf_counter()
     first = make_episode(keeper.left[0])
@@ -136,6 +172,12 @@ def play_each(
   return keeper.finish()
 
 
+def _new_run(tokenizer, suite, spec, labels, memories, examples, task) -> episode_lib.EpisodeRun:
+  return episode_lib.EpisodeRun(
+    task, suite.make, tokenizer, spec, labels, action_templates=list(suite.action_templates),
+    memory=memories.get(task.id, memory_lib.NO_MEMORY), examples=examples.get(task.task_type, ()))
+
+
 def _seed(labels: episode_lib.Labels, task: Task) -> int:
   """Of an episode's random stream: draws depend neither on slots nor on where a run stopped."""
   return zlib.crc32(labels.episode_id(task.id).encode())
@@ -144,7 +186,8 @@ def _seed(labels: episode_lib.Labels, task: Task) -> int:
 class _Keeper:
   """Journal, progress bar and TFDS store of one run."""
 
-  def __init__(self, workdir, tasks, labels, progress):
+  def __init__(self, workdir, tasks, labels, progress, after_episode):
+    self._after_episode = after_episode
     self._workdir = pathlib.Path(workdir)
     self._ids = [labels.episode_id(task.id) for task in tasks]
     if len(set(self._ids)) < len(self._ids):
@@ -182,6 +225,8 @@ class _Keeper:
 
   def keep_episode(self, episode: trajectory.Episode) -> None:
     self._journal.append(episode)
+    if self._after_episode is not None:
+      self._after_episode()
     self._won += episode.success
     self._played += 1
     self._tokens += episode.prefilled_tokens + episode.generated_tokens
@@ -231,7 +276,7 @@ def _prediction(engine: Engine, spec: episode_lib.AgentSpec, keeper: _Keeper,
     compiling = round_seconds(prompt, True) + round_seconds(turn, False)
     first, later = round_seconds(prompt, True), round_seconds(turn, False)
   except ContextOverflow:
-    return f'{len(keeper.left)} episodes; the first prompt does not fit into the context'
+    return f'{len(keeper.left)} episodes; the context has no room for two turns'
   waves = len(keeper.left) / engine.num_slots
   minutes = (compiling + math.ceil(waves) * first + waves * max(0.0, calls - 1) * later) / 60
   return (f'{len(keeper.left)} episodes, about {minutes:.1f} min at {calls:.0f} calls an episode '

@@ -1,9 +1,10 @@
-"""The folder of a run: its config, and files that are there whole or not at all."""
+"""The folder of a run: its config, its seconds, and files that are there whole or not at all."""
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data import errors
@@ -13,8 +14,12 @@ def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
   """Writes beside the place and renames."""
   path = pathlib.Path(path)
   temporary = path.with_name(f'{path.name}.tmp')
-  temporary.write_text(json.dumps(record, indent=2) + '\n')
-  os.replace(temporary, path)
+  try:
+    temporary.write_text(json.dumps(record, indent=2) + '\n')
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def check_workdir(
@@ -28,16 +33,26 @@ def check_workdir(
     free_keys: may differ when the run goes on.
 
   Raises:
-    UserError: the folder holds a run with other settings, which are named.
+    UserError: the folder holds a run with other settings, which are named, or it is no folder that
+      can be written.
   """
+  there = pathlib.Path(workdir).absolute()
+  while not there.exists():
+    there = there.parent
+  if not there.is_dir():
+    raise errors.UserError(f'{there} is a file and not a folder; take another --workdir.')
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise errors.UserError(f'There is no permission to write to {there}; take another --workdir.')
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
     return
   try:
     before = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
     raise errors.UserError(
       f'{path} is not readable JSON ({error}); take another --workdir.') from error
+  if not isinstance(before, dict):
+    raise errors.UserError(f'{path} is not the config of a run; take another --workdir.')
   changed = [
     f'{key} (there {before.get(key)!r}, now {config.get(key)!r})'
     for key in sorted(before.keys() | config.keys())
@@ -53,9 +68,52 @@ def check_workdir(
 def open_workdir(
   workdir: str | os.PathLike, config: Mapping[str, Any], free_keys: Sequence[str] = ()
 ) -> None:
-  """Makes the run's folder with its config.json, after `check_workdir`."""
+  """Makes the run's folder with its config.json, after `check_workdir`.
+
+  Raises:
+    UserError: as `check_workdir`, or the folder cannot be written (a full disk).
+  """
   check_workdir(workdir, config, free_keys)
   path = pathlib.Path(workdir) / 'config.json'
-  if not path.exists():
+  if path.exists():
+    return
+  try:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
+  except OSError as error:
+    raise errors.UserError(
+      f'{workdir} cannot be written ({error.strerror or error}); free some space, or take another '
+      '--workdir.') from error
+
+
+class WallClock:
+  """Seconds of a run over all its starts, kept in `wall_s.json` of its folder.
+
+  Of a start that was killed, what followed its last `save` is not counted.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike, *, started: float,
+    now: Callable[[], float] = time.perf_counter,
+  ):
+    """Reads what earlier starts took.
+
+    Args:
+      workdir: the run's folder; it need not exist.
+      started: when this start began, in seconds of `now`.
+      now: a monotonic clock.
+    """
+    self._path = pathlib.Path(workdir) / 'wall_s.json'
+    self._started, self._now = started, now
+    try:
+      self._before = float(json.loads(self._path.read_text())['wall_s'])
+    except (OSError, ValueError, KeyError, TypeError):
+      # None yet, or damaged by hand: no reason to refuse the run.
+      self._before = 0.0
+
+  def seconds(self) -> float:
+    """Of all starts, up to now."""
+    return self._before + self._now() - self._started
+
+  def save(self) -> None:
+    write_json(self._path, {'wall_s': self.seconds()})

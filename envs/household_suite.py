@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data.errors import UserError
@@ -41,12 +42,36 @@ def room_of(observation: str) -> str:
   return observation.removeprefix(BANNER).partition(TASK_PREFIX)[0].strip()
 
 
+def _is_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _bounds(name: str, value: int | Sequence[int]) -> tuple[int, int]:
   """A size option as (least, most)."""
-  bounds = (value, value) if isinstance(value, int) else tuple(value)
-  if len(bounds) != 2 or not all(isinstance(bound, int) for bound in bounds):
+  bounds = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+  if len(bounds) != 2 or not all(map(_is_int, bounds)):
     raise UserError(f'{name} must be a number or a range (least, most), not {value!r}.')
   return bounds
+
+
+def _check_count(name: str, value: Any) -> None:
+  if not _is_int(value) or value < 0:
+    raise UserError(f'{name} must be a whole number from 0 on (0 is all), not {value!r}.')
+
+
+def _type_names(task_types: str | Sequence[str]) -> tuple[str, ...]:
+  """The option task_types as a tuple; a string is one type."""
+  if isinstance(task_types, str):
+    return (task_types,)
+  if not isinstance(task_types, (list, tuple)) or not all(
+      isinstance(name, str) for name in task_types):
+    raise UserError(f'task_types must be names of task types, not {task_types!r}.')
+  return tuple(task_types)
+
+
+def _shuffled(folder: pathlib.Path) -> bytes:
+  """Sort key of a TRIAL folder: the SHA-256 of its task's id, split/TASK/TRIAL."""
+  return hashlib.sha256('/'.join(folder.parts[-3:]).encode()).digest()
 
 
 class HouseholdEnvironment:
@@ -97,7 +122,7 @@ class HouseholdSuite:
     *,
     skills: str = 'official',
     seed: int = 0,
-    task_types: Sequence[str] = (),
+    task_types: str | Sequence[str] = (),
     num_train: int = 0,
     num_valid: int = 0,
     engine: str = 'fast',
@@ -115,7 +140,7 @@ class HouseholdSuite:
       data: folder with ALFWorld's layout, or 'generated'.
       skills: 'official' rules, or the pool 'warm', 'loop' or 'hard' of generated ones.
       seed: of generated rules and houses.
-      task_types: only these families; () for all.
+      task_types: only these families, or this one; () for all.
       num_train: training tasks; 0 for all there are (generated: 1,200).
       num_valid: tasks of each validation split; 0 for all there are (generated: 140).
       engine: 'fast' or 'textworld' (official rules only).
@@ -128,7 +153,7 @@ class HouseholdSuite:
     Raises:
       UserError: an option has no meaning.
     """
-    if skills != 'official' and skills not in POOLS:
+    if not isinstance(skills, str) or skills not in ('official', *POOLS):
       raise UserError(f"skills must be 'official', {', '.join(map(repr, POOLS))}, not {skills!r}.")
     if engine not in ('fast', 'textworld'):
       raise UserError(f"engine must be 'fast' or 'textworld', not {engine!r}.")
@@ -136,12 +161,16 @@ class HouseholdSuite:
       raise UserError("engine='textworld' knows the official rules only; use engine='fast'.")
     if data != 'generated' and skills != 'official':
       raise UserError("Skills are generated: leave data='generated', or skills='official'.")
+    if not _is_int(seed):
+      raise UserError(f'seed must be a whole number, not {seed!r}.')
+    _check_count('num_train', num_train)
+    _check_count('num_valid', num_valid)
+    if isinstance(precondition_rate, bool) or not isinstance(precondition_rate, (int, float)):
+      raise UserError(f'precondition_rate must be a number in 0..1, not {precondition_rate!r}.')
     self._seed, self._skills, self._engine = seed, skills, engine
     self._counts = {'train': num_train, 'valid_seen': num_valid, 'valid_unseen': num_valid}
-    self._task_types = tuple(task_types)
+    self._task_types = _type_names(task_types)
     self._layout = None if data == 'generated' else household_files.find_layout(data)
-    if min(num_train, num_valid) < 0:
-      raise UserError(f'num_train and num_valid cannot be negative: {num_train}, {num_valid}.')
     self._options: Any = None
     if self._layout is None and skills == 'official':
       self._options = OfficialOptions(
@@ -180,25 +209,44 @@ class HouseholdSuite:
     ]
 
   def _read(self, split: str) -> list[GameData]:
-    games: list[GameData] = []
-    for path in sorted((self._layout / split).glob(f'*/*/{household_files.GAME_FILE}')):
-      if self._counts[split] and len(games) == self._counts[split]:
-        break
-      task_type = path.parts[-3].partition('-')[0]
+    """The games of a split on disk, as many as were asked for; no more files than that are read.
+
+    The task types take turns, each in the order of its ids' SHA-256: by name, the first thousand
+    of ALFWorld's training games are of two of the six types.
+    """
+    folders: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
+    for path in (self._layout / split).glob(f'*/*/{household_files.GAME_FILE}'):
+      name = path.parts[-3]
+      task_type = name.partition('-')[0]
       if self._task_types and task_type not in self._task_types:
         continue
       # ALFWorld leaves these out, too.
-      if 'movable' in path.parts[-3] or 'Sliced' in path.parts[-3]:
+      if 'movable' in name or 'Sliced' in name:
         self.skipped['movable or sliced'] += 1
         continue
-      game = household_files.load_game(path.parent)
-      if not game.solvable:
-        self.skipped['unsolvable'] += 1
+      folders[task_type].append(path.parent)
+    waiting = collections.deque(
+      self._solvable(sorted(folders[task_type], key=_shuffled)) for task_type in sorted(folders))
+    games: list[GameData] = []
+    while waiting and not (self._counts[split] and len(games) == self._counts[split]):
+      game = next(waiting[0], None)
+      if game is None:
+        waiting.popleft()
         continue
       games.append(game)
+      waiting.rotate(-1)
     if not games:
       raise UserError(f'{self._layout / split} holds no game of the task types asked for.')
     return games
+
+  def _solvable(self, folders: Sequence[pathlib.Path]) -> Iterator[GameData]:
+    """Reads one game after the other; the unsolvable ones are counted only."""
+    for folder in folders:
+      game = household_files.load_game(folder)
+      if game.solvable:
+        yield game
+      else:
+        self.skipped['unsolvable'] += 1
 
   def tasks(self, split: str) -> list[Task]:
     if split not in self._tasks:

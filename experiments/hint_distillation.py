@@ -35,7 +35,7 @@ from configs import rollout as rollout_config
 from configs import train as train_config
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
-from experiments import dry_run, warm_start
+from experiments import dry_run, report, warm_start
 from retrieval import hints as hints_lib
 from training import dataset
 
@@ -271,6 +271,7 @@ def main(_):
   print(f'tokens an episode, hint block not counted: distilled {tokens["distilled"]:.0f}, '
         f'teacher (base+hints) {tokens["base+hints"]:.0f}')
   print(f'\n{sum(record["wall_s"].values()) / 60:.1f} min in all; {workdir / "summary.json"}')
+  print(f'to look at: {report.write(workdir)}')
 
 
 if __name__ == '__main__':

@@ -133,13 +133,13 @@ def attend_buckets(max_len: int, step: int = 128) -> list[int]:
 
 
 class Engine:
-  """Slots, their cache and the two compiled programs.
+  """Slots, their cache and the compiled programs.
 
   Use: `submit` a turn to each free slot, then `step` until it hands back completions; submit the
   next turn of a conversation to the same slot (only its new tokens), or `reset=True` for a new one.
 
-  Greedy tokens and sampled ones depend on the slot's own tokens and seed, not on what else is in
-  the batch.
+  Tokens, greedy or sampled, depend on the slot's own tokens and seed and not on what else is in the
+  batch, but for rounding: products of different widths may break a near tie differently.
   """
 
   def __init__(
@@ -155,7 +155,7 @@ class Engine:
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
     block_len: int = 16,
-    block_buckets: Sequence[int] = (8, 16, 32, 64),
+    block_buckets: Sequence[int] = (8, 24, 64),
     attend_step: int = 128,
   ):
     """Merges the adapter and allocates the cache.
@@ -173,7 +173,8 @@ class Engine:
       seed: of the engine; with a request's seed and a token's index it keys every draw.
       block_len: tokens of a prefill block.
       block_buckets: numbers of blocks a prefill dispatch is compiled for.
-      attend_step: granularity of the attended length.
+      attend_step: granularity of the attended length in decoding; twice that in prefill, which has
+        a program for every pair of attended length and bucket.
     """
     model = decoder.prepare_for_decode(decoder.merge_lora(model))
     self.num_slots, self.max_len = num_slots, max_len
@@ -183,7 +184,8 @@ class Engine:
     self._decode_steps = decode_steps
     self._block_len = block_len
     self._block_buckets = sorted(set(block_buckets))
-    self._attend_buckets = attend_buckets(max_len, attend_step)
+    self._decode_lengths = attend_buckets(max_len, attend_step)
+    self._prefill_lengths = attend_buckets(max_len, 2 * attend_step)
     self._slots = [_Slot() for _ in range(num_slots)]
     self._requests = 0
     spec = programs.Spec(
@@ -272,15 +274,13 @@ class Engine:
     waiting = [i for i, slot in enumerate(self._slots) if slot.new is not None]
     if waiting:
       self._run_prefill(waiting)
-    longest = max(
-      slot.cached + min(self._decode_steps, slot.budget - len(slot.tokens))
-      for slot in self._slots
-      if slot.running
-    )
+    longest = max(slot.cached for slot in self._slots if slot.running)
     leave_at = np.int32(busy - math.ceil(_REFILL_SHARE * busy))
     with self._clock('decode'):
+      attend_len = next(n for n in self._decode_lengths if n >= longest)
+      prefix = self._programs.prefix(self._cache, attend_len=attend_len)
       self._cache, self._state, packed = self._programs.decode(
-        self._params, self._cache, self._state, leave_at, attend_len=self._attend_len(longest)
+        self._params, self._cache, prefix, self._state, leave_at
       )
       # The step's one transfer to the host.
       packed = np.asarray(packed)
@@ -305,9 +305,6 @@ class Engine:
     self.stats.traces += new
     field = f'{program}_dispatches'
     setattr(self.stats, field, getattr(self.stats, field) + 1)
-
-  def _attend_len(self, length: int) -> int:
-    return next(bucket for bucket in self._attend_buckets if bucket >= min(length, self.max_len))
 
   def _run_prefill(self, waiting: list[int]) -> None:
     """Dispatches the waiting slots' tokens, block by block; earlier blocks of a slot go first."""
@@ -337,9 +334,10 @@ class Engine:
           slot.length, slot.new = slot.length + slot.prefilled_tokens, None
         self.stats.prefilled += len(piece)
       self.stats.prefill_computed += size * width
+      attend_len = next(n for n in self._prefill_lengths if n >= longest)
       with self._clock('prefill'):
         self._cache, self._state = self._programs.prefill(
-          self._params, self._cache, self._state, blocks, ends, attend_len=self._attend_len(longest)
+          self._params, self._cache, self._state, blocks, ends, attend_len=attend_len
         )
         # Waits, but transfers nothing: prefill and decode are timed apart.
         jax.block_until_ready(self._state.first)

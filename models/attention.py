@@ -13,6 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from models.layers import from_bits, to_bits
+
 MASKED = -1e30
 MIN_BLOCK, MAX_BLOCKS = 128, 8
 
@@ -69,6 +71,40 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
 
 
+def decode_attention(
+  q: jax.Array,
+  prefix: tuple[jax.Array, jax.Array],
+  tail: tuple[jax.Array, jax.Array],
+  lengths: jax.Array,
+  step: jax.Array,
+) -> jax.Array:
+  """Attention of one new token a row over a prefix and a tail that holds it already.
+
+  Args:
+    q: float32 [B, 1, N, H], rotated.
+    prefix: keys [B, K, H, S], rotated, and values [B, K, S, H].
+    tail: keys [B, K, H, W] and values [B, K, W, H]: what came after the prefix.
+    lengths: int32 [B], valid positions of the prefix.
+    step: int32, the token's index in the tail.
+
+  Returns:
+    float32 [B, 1, N, H].
+  """
+  (k, v), (tail_k, tail_v) = prefix, tail
+  batch, width, heads, head_dim = q.shape
+  kv_heads = k.shape[1]
+  q = (q * head_dim**-0.5).astype(k.dtype)
+  q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+  old = jnp.arange(k.shape[-1]) < lengths[:, None]
+  old = jnp.where(old[:, None, None, None], _product(q, k, 2), MASKED)
+  new = jnp.where(jnp.arange(tail_k.shape[-1]) <= step, _product(q, tail_k, 2), MASKED)
+  peak = jnp.maximum(old.max(axis=-1, keepdims=True), new.max(axis=-1, keepdims=True))
+  old, new = jnp.exp(old - peak), jnp.exp(new - peak)
+  out = _product(old.astype(v.dtype), v, 2) + _product(new.astype(v.dtype), tail_v, 2)
+  out /= old.sum(axis=-1, keepdims=True) + new.sum(axis=-1, keepdims=True)
+  return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
+
+
 def _product(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
   """a [B, K, G, T, x] times b [B, K, ...], contracted over b's axis: float32 [B, K, G, T, y]."""
   rows = a.reshape(*a.shape[:2], -1, a.shape[-1])
@@ -78,7 +114,10 @@ def _product(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
 
 
 def _gradient_product(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a [B, K, G, C, x], b [B, K, G, C, y], summed over queries: float32 [B, K, x, y]."""
+  """a [B, K, G, C, x], b [B, K, G, C, y], summed over queries: float32 [B, K, x, y].
+
+  The narrow one comes first: 1.1 ms on one core for x = 64, y = 512, but 2.6 ms for the converse.
+  """
   a, b = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (a, b))
   dims = (((2,), (2,)), ((0, 1), (0, 1)))
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
@@ -115,25 +154,28 @@ def _blocked_fwd(q, k, v, segment_ids):
     outs.append(_product(weights.astype(v.dtype), v[:, :, :end], 2) / total)
     norms.append(top + jnp.log(total))
   out, norm = jnp.concatenate(outs, axis=3), jnp.concatenate(norms, axis=3)
-  return out, (q, k, v, segment_ids, out, norm)
+  return out, (*map(to_bits, (q, k, v)), segment_ids, out, norm)
 
 
 def _blocked_bwd(residuals, grad):
-  q, k, v, segment_ids, out, norm = residuals
+  *qkv, segment_ids, out, norm = residuals
+  q, k, v = map(from_bits, qkv)
   dtype = q.dtype
   # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
   inner = jnp.sum(grad * out, axis=-1, keepdims=True)
   grad = grad.astype(dtype)
-  dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+  dq = []
+  dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]))  # Transposed: [B, K, H, T].
   for start, end in _blocks(q.shape[3]):
     rows = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=end, axis=3)
     weights = jnp.exp(_block_scores(q, k, segment_ids, start, end) - rows(norm))
     dscores = weights * (_product(rows(grad), v[:, :, :end], 3) - rows(inner))
     weights, dscores = weights.astype(dtype), dscores.astype(dtype)
     dq.append(_product(dscores, k[:, :, :end], 2))
-    dk = dk.at[:, :, :end].add(_gradient_product(dscores, rows(q)))
-    dv = dv.at[:, :, :end].add(_gradient_product(weights, rows(grad)))
+    dk = dk.at[..., :end].add(_gradient_product(rows(q), dscores))
+    dv = dv.at[..., :end].add(_gradient_product(rows(grad), weights))
   dq = jnp.concatenate(dq, axis=3)
+  dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

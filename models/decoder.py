@@ -19,9 +19,20 @@ from flax import nnx
 
 from data.errors import UserError
 from models import kv_cache, sharding
-from models.attention import attention, cached_attention
+from models.attention import attention, cached_attention, decode_attention
 from models.kv_cache import KVCache
-from models.layers import Linear, RMSNorm, RopeScaling, apply_rope, matmul, rope_tables
+from models.layers import (
+  Linear,
+  RMSNorm,
+  RopeScaling,
+  apply_rope,
+  from_bits,
+  gated,
+  matmul,
+  matmul_transposed,
+  rope_tables,
+  to_bits,
+)
 from models.lora import LoraConfig, dropout
 
 FAMILIES = ('llama', 'qwen2')
@@ -134,7 +145,7 @@ class Block(nnx.Module):
     x = x + self.attn.o(y, drop(y, 1))
     y = self.mlp_norm(x)
     adapter_y = drop(y, 2)
-    y = jax.nn.silu(self.mlp.gate(y, adapter_y)) * self.mlp.up(y, adapter_y)
+    y = gated(self.mlp.gate(y, adapter_y), self.mlp.up(y, adapter_y))
     return x + self.mlp.down(y, drop(y, 3))
 
 
@@ -314,8 +325,8 @@ def merge_lora(model: Model) -> Model:
 
 
 def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:
-  x = model.embed.embedding.get_value()[tokens].astype(jnp.float32)
-  return sharding.constrain(x, ('batch', None, None))
+  x = from_bits(to_bits(model.embed.embedding.get_value())[tokens])
+  return sharding.constrain(x.astype(jnp.float32), ('batch', None, None))
 
 
 def _rope(config: DecoderConfig, positions: jax.Array):
@@ -365,7 +376,7 @@ def forward(
   elif remat != 'none':
     raise UserError(f'remat={remat!r}: choose none or full.')
   keys = None if dropout_rng is None else jax.random.split(dropout_rng, config.num_layers)
-  x, _ = jax.lax.scan(body, _embed(model, tokens), (blocks, keys))
+  x, _ = jax.lax.scan(body, _embed(model, tokens), (jax.tree.map(to_bits, blocks), keys))
   return model.final_norm(x)
 
 
@@ -379,8 +390,9 @@ def logits(graphdef: nnx.GraphDef, frozen: nnx.State, hidden: jax.Array) -> jax.
   """float32 [..., V] of hidden states [..., D]; for a few rows, never for a training batch."""
   params = to_params(frozen)
   config = config_of(graphdef)
-  kernel = params['embed.embedding'].T if config.tie_embeddings else params['head.kernel']
-  return matmul(hidden, kernel, config.dtype, frozen=True)
+  if not config.tie_embeddings:
+    return matmul(hidden, params['head.kernel'], config.dtype, frozen=True)
+  return matmul_transposed(hidden, params['embed.embedding'], config.dtype)
 
 
 def config_of(graphdef: nnx.GraphDef) -> DecoderConfig:
@@ -453,6 +465,45 @@ def forward_cached(
     x = block(x, rope, attend)
   k, v = zip(*layers, strict=True)
   return model.final_norm(x), KVCache(k, v)
+
+
+def forward_step(
+  graphdef: nnx.GraphDef,
+  lora: nnx.State,
+  frozen: nnx.State,
+  tokens: jax.Array,
+  prefix: KVCache,
+  tail: KVCache,
+  lengths: jax.Array,
+  step: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+  """One step of a decode loop over all slots, which `KVCache.absorb` ends.
+
+  Args:
+    graphdef: static, from `prepare_for_decode`.
+    lora: the adapter's state.
+    frozen: the other parameters.
+    tokens: int32 [B], the newest token of each slot.
+    prefix: of the cache, as it was before the loop; only read.
+    tail: the loop's own tokens.
+    lengths: int32 [B], tokens in each slot before the loop, at most the prefix's length.
+    step: int32, counts from 0.
+
+  Returns:
+    float32 [B, D] after the final norm, and the tail with the token's keys and values.
+  """
+  model = nnx.merge(graphdef, lora, frozen)
+  rope = _rope(model.config, (lengths + step)[:, None])
+  x, layers = _embed(model, tokens[:, None]), []
+  caches = zip(prefix.k, prefix.v, tail.k, tail.v, strict=True)
+  for block, (k_prefix, v_prefix, k_tail, v_tail) in zip(_unstacked(model), caches, strict=True):
+
+    def attend(q, k, v, prefix=(k_prefix, v_prefix), tail=(k_tail, v_tail)):
+      layers.append(kv_cache.put(*tail, k, v, step))
+      return decode_attention(q, prefix, layers[-1], lengths, step)
+
+    x = block(x, rope, attend)
+  return model.final_norm(x)[:, 0], KVCache(*zip(*layers, strict=True))
 
 
 def _unstacked(model: Decoder) -> Iterator[Block]:

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from models.layers import from_bits, to_bits
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +33,11 @@ class KVCache:
       config: DecoderConfig.
       num_slots: rows.
       max_len: tokens a slot can hold.
-      dtype: 'float32' or 'bfloat16'. On CPU bfloat16 is kept as its bits in uint16: XLA scatters
-        bfloat16 there by converting the whole array to float32 and back (7 times slower).
+      dtype: 'float32' or 'bfloat16'. bfloat16 is kept as `layers.to_bits` on CPU, where its scatter
+        is 7 times slower.
     """
     heads, width = config.num_kv_heads, config.head_dim
-    dtype = jnp.dtype(dtype)
-    if dtype == jnp.bfloat16 and jax.default_backend() == 'cpu':
-      dtype = jnp.dtype('uint16')
+    dtype = to_bits(jnp.zeros((), dtype)).dtype
 
     def empty(*shape):
       return tuple(jnp.zeros((num_slots, *shape), dtype) for _ in range(config.num_layers))
@@ -52,27 +52,33 @@ class KVCache:
   def max_len(self) -> int:
     return self.v[0].shape[2]
 
-  def window(self, attend_len: int) -> KVCache:
-    """A copy of the first `attend_len` positions, for a loop of decode steps.
+  def prefix(self, attend_len: int) -> KVCache:
+    """The first `attend_len` positions, as values to read, for a loop of `decoder.forward_step`.
 
-    Attention over a part of a cache makes XLA copy that part at every step; a loop that carries a
-    window (max_len == attend_len) copies once before and, by `restore`, once after.
+    Attention over a part of a cache makes XLA copy that part (and decode its bits) at every step;
+    a loop that reads a prefix and writes a tail copies once.
     """
-    if attend_len >= self.max_len:
-      return self
     return KVCache(
-      tuple(k[..., :attend_len] for k in self.k), tuple(v[:, :, :attend_len] for v in self.v)
+      tuple(from_bits(k[..., :attend_len]) for k in self.k),
+      tuple(from_bits(v[:, :, :attend_len]) for v in self.v),
     )
 
-  def restore(self, window: KVCache) -> KVCache:
-    """This cache with its first positions taken from a window of it."""
-    n = window.max_len
-    if n == self.max_len:
-      return window
-    return KVCache(
-      tuple(k.at[..., :n].set(new) for k, new in zip(self.k, window.k, strict=True)),
-      tuple(v.at[:, :, :n].set(new) for v, new in zip(self.v, window.v, strict=True)),
-    )
+  def tail(self, steps: int) -> KVCache:
+    """Room for the tokens of a loop of `steps` decode steps, all slots at the same step."""
+
+    def empty(x, axis):
+      shape = (*x.shape[:axis], steps, *x.shape[axis + 1 :])
+      return jnp.zeros(shape, jnp.bfloat16 if x.dtype == jnp.uint16 else x.dtype)
+
+    return KVCache(tuple(empty(k, 3) for k in self.k), tuple(empty(v, 2) for v in self.v))
+
+  def absorb(self, tail: KVCache, lengths: jax.Array, counts: jax.Array) -> KVCache:
+    """This cache, each slot extended at `lengths` by the first `counts` tokens of its tail."""
+    layers = [
+      extend(k, v, new_k.transpose(0, 3, 1, 2), new_v.transpose(0, 2, 1, 3), lengths, counts, None)
+      for k, v, new_k, new_v in zip(self.k, self.v, tail.k, tail.v, strict=True)
+    ]
+    return KVCache(*zip(*layers, strict=True))
 
 
 def extend(
@@ -106,9 +112,18 @@ def extend(
   index = jnp.where(offset < counts[:, None], lengths[:, None] + offset, v.shape[2])
   rows = jnp.arange(batch) if slots is None else slots
   rows = jnp.broadcast_to(rows[:, None], index.shape)
-  k = k.at[rows, :, :, index].set(_encode(new_k, k.dtype), mode='drop')
-  v = v.at[rows, :, index].set(_encode(new_v, v.dtype), mode='drop')
+  k = k.at[rows, :, :, index].set(_encode(new_k, k), mode='drop')
+  v = v.at[rows, :, index].set(_encode(new_v, v), mode='drop')
   return k, v
+
+
+def put(
+  k: jax.Array, v: jax.Array, new_k: jax.Array, new_v: jax.Array, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Writes new_k and new_v [B, 1, K, H] at position `step` of one layer's tail."""
+  new_k, new_v = new_k.transpose(0, 2, 3, 1), new_v.transpose(0, 2, 1, 3)
+  k = jax.lax.dynamic_update_slice_in_dim(k, new_k.astype(k.dtype), step, 3)
+  return k, jax.lax.dynamic_update_slice_in_dim(v, new_v.astype(v.dtype), step, 2)
 
 
 def read(
@@ -119,14 +134,8 @@ def read(
     k, v = k[..., :attend_len], v[:, :, :attend_len]
   if slots is not None:
     k, v = k[slots], v[slots]
-  return _decode(k), _decode(v)
+  return from_bits(k), from_bits(v)
 
 
-def _encode(x: jax.Array, dtype) -> jax.Array:
-  if dtype == jnp.uint16:
-    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-  return x.astype(dtype)
-
-
-def _decode(x: jax.Array) -> jax.Array:
-  return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+def _encode(new: jax.Array, cache: jax.Array) -> jax.Array:
+  return to_bits(new.astype(jnp.bfloat16)) if cache.dtype == jnp.uint16 else new.astype(cache.dtype)

@@ -73,6 +73,18 @@ CONFIGS = {
 }
 
 
+# Where others find the weights; what an exported adapter names as its base.
+HUGGING_FACE_IDS = {
+  'smollm2_135m': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+  'qwen25_0.5b': 'Qwen/Qwen2.5-0.5B-Instruct',
+  'qwen25_1.5b': 'Qwen/Qwen2.5-1.5B-Instruct',
+  'qwen25_3b': 'Qwen/Qwen2.5-3B-Instruct',
+  'qwen25_7b': 'Qwen/Qwen2.5-7B-Instruct',
+  'qwen25_14b': 'Qwen/Qwen2.5-14B-Instruct',
+  'llama31_8b': 'meta-llama/Llama-3.1-8B-Instruct',
+}
+
+
 def get_config(name: str, **overrides) -> DecoderConfig:
   """The config of that name, with fields replaced.
 

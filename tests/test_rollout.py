@@ -3,17 +3,20 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import gguf
 import numpy as np
 import pytest
 
 import rollout as rollout_lib
 from configs import rollout as config_lib
 from data import errors, trajectory
+from envs import household_files, household_official
 from tests.agents import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -106,6 +109,122 @@ def test_expert_episodes_with_hints_and_few_shots(tmp_path, tokenizer):
     'expert+hints')
 
 
+def expert_config(tokenizer, **values):
+  return config_lib.make({
+    'agent': 'expert', 'base': 'random', 'tokenizer': str(tokenizer), 'skills': 'loop',
+    'split': 'train', 'episodes': 4, 'env_options': 'num_train:4', **values})
+
+
+def test_a_finished_run_is_shown_again_and_left_alone(tmp_path, tokenizer, monkeypatch, capsys):
+  config = expert_config(tokenizer)
+  rollout_lib.run(config, tmp_path)
+  table = capsys.readouterr().out
+  written = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob('*') if p.is_file()}
+  monkeypatch.setattr('agents.policy.load_tokenizer', lambda *_: pytest.fail('loaded again'))
+  rollout_lib.run(config, tmp_path)
+  assert capsys.readouterr().out == table and 'ended by: success 4' in table
+  assert written == {
+    p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob('*') if p.is_file()}
+  monkeypatch.undo()
+
+  # A summary beside a journal that lacks an episode is not the end of the run.
+  journal = tmp_path / trajectory.JOURNAL_NAME
+  journal.write_bytes(b''.join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+  rollout_lib.run(config, tmp_path)
+  assert len(trajectory.Journal(journal).read()) == 4
+
+
+def test_wall_seconds_add_up_over_starts(tmp_path, tokenizer, monkeypatch):
+  config = expert_config(tokenizer)
+  play = rollout_lib.expert_episodes.expert_episode
+  tasks = []
+
+  def stopped(suite, task, *args, **options):
+    tasks.append(task)
+    if len(tasks) == 3:
+      raise KeyboardInterrupt
+    return play(suite, task, *args, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(rollout_lib.expert_episodes, 'expert_episode', stopped)
+    with pytest.raises(KeyboardInterrupt):
+      rollout_lib.run(config, tmp_path)
+  path = tmp_path / 'wall_s.json'
+  before = json.loads(path.read_text())['wall_s']
+  assert 0 < before < 600
+  path.write_text(json.dumps({'wall_s': before + 1000}))
+  rollout_lib.run(config, tmp_path)
+  seconds = json.loads((tmp_path / 'summary.json').read_text())['wall_s']['rollout']
+  assert before + 1000 < seconds < before + 1600
+
+
+def test_a_corrected_command_is_not_another_config(tmp_path, tokenizer):
+  config = expert_config(
+    tokenizer, split='valid_seen', episodes=1, task_types='make_state', few_shots=3,
+    env_options='num_train:2')
+  with pytest.raises(errors.UserError, match='ask for fewer few_shots'):
+    rollout_lib.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+  with config.unlocked():
+    config.few_shots = 2
+  rollout_lib.run(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'summary.json').exists()
+
+
+@pytest.mark.parametrize('context, says', [
+  (64, r'first prompt has \d+ tokens .* 8 .*max_context=64.* or more'),
+  (9000, r'max_context=9000 .* 8192 positions'),
+])
+def test_a_context_that_cannot_work(tmp_path, tokenizer, context, says):
+  arg = TINY.replace('max_context=512', f'max_context={context}')
+  done = rollout(tmp_path / 'run', f'{arg},tokenizer={tokenizer},skills=loop,episodes=2')
+  check_one_sentence(done)
+  assert re.search(says, done.stderr), done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+def check_one_sentence(done, code=1):
+  assert done.returncode == code, done.stderr
+  assert 'Traceback' not in done.stderr
+  assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
+
+
+def truncated_game(folder):
+  game = household_official.official_game(0, 'train', 0)
+  path = household_files.write_game(folder, game, ['look']) / household_files.GAME_FILE
+  path.write_bytes(path.read_bytes()[:500])
+  return f'data={folder},split=train,episodes=1', str(path)
+
+
+def missing_data(folder):
+  return f'data={folder},split=train,episodes=1', f'{folder} holds no'
+
+
+def file_as_workdir(folder):
+  folder.parent.joinpath('run').write_text('notes')
+  return 'skills=loop,episodes=1', 'run is a file'
+
+
+def mamba_weights(folder):
+  path = folder.parent / 'mamba.gguf'
+  writer = gguf.GGUFWriter(path, 'mamba')
+  writer.add_tensor('token_embd.weight', np.zeros((4, 8), np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return f'base={path},skills=loop,episodes=1', "mamba.gguf is of architecture 'mamba'"
+
+
+@pytest.mark.parametrize(
+  'prepare', [truncated_game, missing_data, file_as_workdir, mamba_weights])
+def test_broken_files_are_one_sentence_on_the_terminal(tmp_path, prepare):
+  arg, says = prepare(tmp_path / 'data')
+  done = rollout(tmp_path / 'run', arg)
+  check_one_sentence(done)
+  assert says in done.stderr and not (tmp_path / 'run').is_dir()
+
+
 @pytest.mark.parametrize('arg, flags, code, says', [
   ('agent=reakt', (), 1, "no agent format 'reakt'"),
   ('agemt=react', (), 2, 'agent'),
@@ -114,9 +233,8 @@ def test_expert_episodes_with_hints_and_few_shots(tmp_path, tokenizer):
 ])
 def test_bad_input_is_one_sentence_on_the_terminal(tmp_path, arg, flags, code, says):
   done = rollout(tmp_path / 'run', arg, *flags)
-  assert done.returncode == code, done.stderr
-  assert says in done.stderr and 'Traceback' not in done.stderr
-  assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
+  check_one_sentence(done, code)
+  assert says in done.stderr
 
 
 @pytest.mark.parametrize('arg, says', [
@@ -135,6 +253,14 @@ def test_bad_input_is_one_sentence_on_the_terminal(tmp_path, arg, flags, code, s
   ('max_calls=0', 'max_calls'),
   ('env_options=houses', 'key:value'),
   ('env_options=num_thing:3', 'num_things'),
+  ('env_options=num_train:abc', "num_train must be a whole number from 0 on (0 is all), not 'abc'"),
+  ('env_options=num_train:-1', 'num_train must be a whole number from 0 on (0 is all), not -1'),
+  ('env_options=num_train:1-2', 'num_train must be'),
+  ('env_options=precondition_rate:high', "precondition_rate must be a number in 0..1, not 'high'"),
+  ('env_options=task_types:make_stat', "not ['make_stat']"),
+  ('env_options=seed:abc', 'seed must be a whole number'),
+  ('env_options=data:/nowhere', 'env_options cannot set data'),
+  ('env_options=name:household', 'env_options cannot set name'),
 ])
 def test_bad_input(tmp_path, arg, says):
   if 'data=' not in arg and 'split=' not in arg:

@@ -227,6 +227,8 @@ def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
 def test_bad_input_is_one_sentence(rooms, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     train.run(train_config.make(values(rooms, **changes)), tmp_path)
+  # The corrected command may use the same folder.
+  assert not (tmp_path / 'config.json').exists()
 
 
 def test_episodes_of_another_tokenizer_are_refused(rooms, tmp_path):

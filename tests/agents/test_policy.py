@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,17 @@ def test_an_adapter_goes_on_the_same_base(base, tmp_path):
     np.testing.assert_array_equal(value, decoder.to_params(adapted.frozen)[name])
   for name, value in params.items():
     np.testing.assert_array_equal(value, decoder.to_params(adapted.lora)[name])
+
+
+def test_random_weights_on_the_host_are_those_of_the_model(base):
+  held = base.host_params()
+  plain = decoder.to_params(base.model().frozen)
+  assert held.keys() == plain.keys()
+  for name, value in held.items():
+    assert isinstance(value, np.ndarray)
+    np.testing.assert_array_equal(value, plain[name])
+  loaded = dataclasses.replace(base, params=held)
+  assert loaded.host_params() is held
 
 
 def test_an_adapter_that_is_none(base, tmp_path):

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 
 import pytest
 
@@ -86,10 +87,43 @@ def test_a_finished_run_plays_nothing(tokenizer, tmp_path):
   assert played.submitted == 0 and second == first
 
 
+def first_prompt_room(tokenizer, workdir):
+  """The context that the first prompt of these tasks and one reply fill."""
+  episodes, _ = play(tokenizer, workdir, count=1)
+  return int(episodes[0].steps[0].prompt_tokens) + SPEC.max_new_tokens
+
+
 def test_a_prompt_that_does_not_fit_is_counted(tokenizer, tmp_path):
-  episodes, played = play(tokenizer, tmp_path, max_len=100)
-  assert {e.termination for e in episodes} == {'context_overflow'} and len(episodes) == 10
-  assert {e.model_calls for e in episodes} == {0} and played.submitted == 0
+  room = first_prompt_room(tokenizer, tmp_path / 'one') + 20
+  long = memory.hints(['it is lever 2, as everybody in this hall has always known'] * 3)
+  episodes, played = play(
+    tokenizer, tmp_path / 'run', lambda text: 'lose', max_len=room,
+    memories={'test/lever-1': long, 'test/lever-4': long})
+  overflown = [e for e in episodes if e.termination == 'context_overflow']
+  assert [e.task_id for e in overflown] == ['test/lever-1', 'test/lever-4'] and len(episodes) == 10
+  assert {e.model_calls for e in overflown} == {0}
+  assert played.submitted == sum(e.prefilled_tokens for e in episodes)
+
+
+def test_a_first_prompt_that_does_not_fit_is_told_before_anything_is_played(tokenizer, tmp_path):
+  suite = fakes.LeverSuite(10)
+  tasks = suite.tasks('test')
+  room = first_prompt_room(tokenizer, tmp_path / 'one')
+
+  def check(max_context, tasks=tasks, **options):
+    runner.check_first_prompt(max_context, tokenizer, suite, tasks, SPEC, LABELS, **options)
+
+  check(room)
+  with pytest.raises(errors.UserError, match=(
+      rf'first prompt has {room - 200} tokens.* 200 .*max_context={room - 1}.*{room} or more')):
+    check(room - 1)
+  with pytest.raises(errors.UserError, match='max_context'):
+    check(room, memories={tasks[0].id: memory.hints(['it is lever 2'])})
+  # A game that does not start is counted when it is played; the next one has a prompt.
+  broken = dataclasses.replace(tasks[0], payload={'lever': 'broken'})
+  with pytest.raises(errors.UserError, match='max_context'):
+    check(room - 20, [broken, *tasks[1:]])
+  check(1, [broken])
 
 
 def test_a_conversation_that_does_not_fit_ends(tokenizer, tmp_path):
@@ -144,6 +178,19 @@ def test_expert_episodes_through_the_same_journal(tokenizer, tmp_path):
   first = runner.play_each(make, suite.tasks('train')[:2], labels, tmp_path, progress=False)
   every = runner.play_each(make, suite.tasks('train'), labels, tmp_path, progress=False)
   assert every[:2] == first and len(every) == 5 and all(e.success for e in every)
+
+
+def test_after_each_episode_the_caller_is_told(tokenizer, tmp_path):
+  suite, labels = fakes.LeverSuite(4), episode_lib.Labels('expert', 'expert', 'train', 0)
+  told = []
+  runner.play(
+    engine(tokenizer), tokenizer, suite, suite.tasks('test'), SPEC, LABELS, tmp_path / 'a',
+    progress=False, after_episode=lambda: told.append('played'))
+  runner.play_each(
+    lambda task: expert_episodes.expert_episode(suite, task, tokenizer, SPEC, labels),
+    suite.tasks('train'), labels, tmp_path / 'b', progress=False,
+    after_episode=lambda: told.append('expert'))
+  assert told == ['played'] * 4 + ['expert'] * 4
 
 
 def test_two_tasks_of_one_id(tokenizer, tmp_path):

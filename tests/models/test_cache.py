@@ -9,6 +9,7 @@ import pytest
 
 from models import decoder, kv_cache, registry
 from models.kv_cache import KVCache
+from models.layers import from_bits
 
 SLOTS, MAX_LEN, WIDTH = 3, 24, 8
 
@@ -116,24 +117,41 @@ def test_rows_of_few_slots():
   assert positions_that_differ(cache, after).nonzero()[0].tolist() == [2] * 2 * WIDTH
 
 
-def test_attend_len_and_window_are_only_faster():
+def test_attend_len_is_only_faster():
   model, step, _ = setup()
   tokens = np.random.default_rng(0).integers(0, 256, (SLOTS, WIDTH))
   cache = KVCache.init(model.config, SLOTS, MAX_LEN)
   lengths, counts = [0, 0, 0], [8, 5, 1]
   full, full_cache = extend(step, cache, tokens, lengths, counts)
   short, short_cache = extend(step, cache, tokens, lengths, counts, attend_len=8)
-  window = cache.window(8)
-  assert window.max_len == 8 and cache.window(MAX_LEN) is cache
-  small, window = extend(step, window, tokens, lengths, counts, attend_len=8)
-  restored = full_cache.restore(window)
   for slot, count in enumerate(counts):
     np.testing.assert_allclose(full[slot, :count], short[slot, :count], atol=1e-5)
-    np.testing.assert_allclose(full[slot, :count], small[slot, :count], atol=1e-5)
-  for other in (short_cache, restored):
-    for a, b in zip(jax.tree.leaves(full_cache), jax.tree.leaves(other), strict=True):
-      assert a.shape == b.shape
-      np.testing.assert_allclose(a, b, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(full_cache), jax.tree.leaves(short_cache), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_loop_of_steps_equals_one_call(dtype):
+  model, step, _ = setup()
+  prepared = decoder.prepare_for_decode(model)
+  tokens = np.random.default_rng(0).integers(0, 256, (SLOTS, WIDTH))
+  cache = KVCache.init(model.config, SLOTS, MAX_LEN, dtype)
+  _, cache = extend(step, cache, tokens, [0, 0, 0], [8, 5, 0])
+  lengths, counts = jnp.asarray([8, 5, 0], jnp.int32), jnp.asarray([4, 0, 2], jnp.int32)
+  want, want_cache = extend(step, cache, tokens[:, :4], lengths, counts)
+  prefix, tail = cache.prefix(8), cache.tail(4)
+  assert prefix.max_len == 8 and tail.max_len == 4
+  once = jax.jit(functools.partial(decoder.forward_step, prepared.graphdef, prepared.lora))
+  for i in range(4):
+    new, tail = once(prepared.frozen, jnp.asarray(tokens[:, i]), prefix, tail, lengths, i)
+    for slot in range(SLOTS):
+      if i < counts[slot]:
+        np.testing.assert_allclose(
+          new[slot], want[slot, i], atol=1e-5 if dtype == 'float32' else 0.1)
+  got = cache.absorb(tail, lengths, counts)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want_cache), strict=True):
+    a, b = (from_bits(x).astype(jnp.float32) for x in (a, b))
+    np.testing.assert_allclose(a, b, atol=1e-5 if dtype == 'float32' else 0.1)
 
 
 def test_bfloat16_model_and_cache_are_close():

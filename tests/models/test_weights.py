@@ -157,12 +157,25 @@ def test_smollm2_equals_transformers(smollm2, smollm2_reference, smollm2_path):
   assert tokenizer.decode([want[2, 4].argmax()]) == ' Paris'
   for got in (our_logits(smollm2, tokens), cached_logits(smollm2, tokens, 12)):
     error = np.abs(got - want)
-    # An attention sink ('The' at the start) has a residual in the thousands, and there float32
-    # itself is this coarse: against float64, 1.5e-4 for ours and 0.6e-4 for the reference.
-    assert error[2, 0].max() < 3e-4
-    error[2, 0] = 0
     assert error.max() < 1e-4
     assert (got.argmax(-1) == want.argmax(-1)).all()
+
+
+def test_smollm2_with_an_adapter_equals_peft(smollm2_path, smollm2_reference, tmp_path):
+  peft = pytest.importorskip('peft')
+  config, params = weights.load_pretrained(smollm2_path)
+  lora_config = LoraConfig(rank=4, alpha=8)
+  ours, adapter = adapted(config, params, lora_config, scale=0.01)
+  weights.export_peft(tmp_path, config, lora_config, adapter, 'org/base')
+  prompt = Tokenizer.load(smollm2_path).encode('You arrive at shelf 1. On it, you see a mug 1.')
+  tokens = np.array([prompt], np.int32)
+  plain = hf_logits(smollm2_reference, tokens)
+  theirs = peft.PeftModel.from_pretrained(smollm2_reference, tmp_path).eval()
+  want = hf_logits(theirs, tokens)
+  theirs.unload()
+  assert np.abs(want - plain).max() > 0.1
+  assert np.abs(our_logits(ours, tokens) - want).max() < 1e-4
+  assert np.abs(our_logits(decoder.merge_lora(ours), tokens) - want).max() < 1e-4
 
 
 def permuted(kernel, head_dim):
@@ -321,12 +334,12 @@ def test_bad_files(folder):
     weights.load_pretrained(folder)
 
 
-def adapted(config, params, lora_config):
+def adapted(config, params, lora_config, scale=0.2):
   """A model with an adapter that does something (B is zero at init)."""
   model = decoder.from_params(config, params, lora_config, seed=5)
   rng = np.random.default_rng(7)
   adapter = {
-    name: rng.normal(0, 0.2, array.shape).astype(np.float32)
+    name: rng.normal(0, scale, array.shape).astype(np.float32)
     for name, array in decoder.to_params(model.lora).items()
   }
   return decoder.from_params(config, {**params, **adapter}, lora_config), adapter

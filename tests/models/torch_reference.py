@@ -8,7 +8,7 @@ from models import registry
 from models.decoder import DecoderConfig
 from models.layers import RopeScaling
 
-TINY = {'vocab_size': 97, 'embed_dim': 48, 'num_layers': 3, 'num_heads': 6, 'num_kv_heads': 2}
+TINY = {'vocab_size': 97, 'embed_dim': 48, 'num_layers': 2, 'num_heads': 6, 'num_kv_heads': 2}
 TINY |= {'head_dim': 8, 'mlp_dim': 80, 'max_position': 256}
 
 CONFIGS = {

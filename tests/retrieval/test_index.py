@@ -1,6 +1,7 @@
 """ScaNN against NumPy."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +64,24 @@ def test_save_and_load_small(tmp_path):
     queries = _vectors(2, keys.shape[1])
     np.testing.assert_array_equal(
       loaded.search(queries, 2)[0], index_lib.exact_search(keys, queries, 2)[0])
+
+
+def test_without_scann_small_banks_are_searched_and_large_ones_name_the_package(
+    tmp_path, monkeypatch):
+  keys, queries = _vectors(30), _vectors(3, seed=1)
+  index_lib.VectorIndex.build(keys, exact_below=1).save(tmp_path / 'tree')
+  monkeypatch.setitem(sys.modules, 'scann', None)
+  index = index_lib.VectorIndex.build(keys)
+  assert index.report == index_lib.IndexReport('exact', 30, 1.0, 10)
+  for found, wanted in zip(index.search(queries, 4), index_lib.exact_search(keys, queries, 4)):
+    np.testing.assert_array_equal(found, wanted)
+  index.save(tmp_path / 'exact')
+  loaded = index_lib.VectorIndex.load(tmp_path / 'exact')
+  np.testing.assert_array_equal(loaded.search(queries, 4)[0], index.search(queries, 4)[0])
+  with pytest.raises(errors.UserError, match=r'package scann'):
+    index_lib.VectorIndex.build(keys, exact_below=1)
+  with pytest.raises(errors.UserError, match=r'package scann'):
+    index_lib.VectorIndex.load(tmp_path / 'tree')
 
 
 def test_bad_input(tmp_path):

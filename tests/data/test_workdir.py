@@ -1,0 +1,59 @@
+"""The folder of a run: what it refuses, and seconds that add up over starts."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from data import errors, workdir
+
+
+def test_the_config_is_written_once_and_guards_the_folder(tmp_path):
+  folder = tmp_path / 'deep' / 'run'
+  workdir.open_workdir(folder, {'seed': 1, 'slots': 2})
+  workdir.open_workdir(folder, {'seed': 1, 'slots': 4}, free_keys=('slots',))
+  assert json.loads((folder / 'config.json').read_text()) == {'seed': 1, 'slots': 2}
+  with pytest.raises(errors.UserError, match=r'seed \(there 1, now 2\)'):
+    workdir.check_workdir(folder, {'seed': 2, 'slots': 2})
+
+
+@pytest.mark.parametrize('below', ['', 'run', 'deep/run'])
+def test_a_file_in_the_place_of_the_folder(tmp_path, below):
+  (tmp_path / 'notes.txt').write_text('mine')
+  for function in (workdir.check_workdir, workdir.open_workdir):
+    with pytest.raises(errors.UserError, match=r'notes.txt is a file.*--workdir'):
+      function(tmp_path / 'notes.txt' / below, {})
+  assert (tmp_path / 'notes.txt').read_text() == 'mine'
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, 'access', lambda path, mode: False)
+  with pytest.raises(errors.UserError, match=r'no permission to write.*--workdir'):
+    workdir.check_workdir(tmp_path / 'run', {})
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, 'replace', full)
+  with pytest.raises(errors.UserError, match=r'[Nn]o space left.*free some'):
+    workdir.open_workdir(tmp_path / 'run', {'seed': 1})
+  assert not list((tmp_path / 'run').iterdir())
+
+
+@pytest.mark.parametrize('content', [b'{"seed"', b'[1]', b'\xff\xfe'])
+def test_a_config_that_is_none(tmp_path, content):
+  (tmp_path / 'config.json').write_bytes(content)
+  with pytest.raises(errors.UserError, match=r'config.json is not.*--workdir'):
+    workdir.check_workdir(tmp_path, {})
+
+
+def test_seconds_add_up_over_starts(tmp_path):
+  first = workdir.WallClock(tmp_path, started=100.0, now=lambda: 130.0)
+  first.save()
+  first.save()
+  assert workdir.WallClock(tmp_path, started=200.0, now=lambda: 205.0).seconds() == 35.0
+  (tmp_path / 'wall_s.json').write_text('{}')
+  assert workdir.WallClock(tmp_path, started=200.0, now=lambda: 205.0).seconds() == 5.0
