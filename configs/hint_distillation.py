@@ -29,7 +29,7 @@ DEFAULTS = dict(
   warm_skills='warm',
   loop_skills='loop',
   env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3',
-  train_games=144,
+  train_games=180,
   eval_games=120,
   # Agent.
   agent='plain',
@@ -63,12 +63,11 @@ DEFAULTS = dict(
   weight_decay=0.01,
   label_smoothing=0.0,
   loss_on='action',
-  epochs=3.0,
+  epochs=4.0,
   row_len=640,
   batch_rows=1,
   grad_accum=1,
   max_invalid=2,
-  remat='full',  # on CPU recomputing is faster than storing: 420 against 310 tokens a second
   # Speed.
   mesh='auto',  # of training: sizes data,fsdp,tensor
   slots=32,
