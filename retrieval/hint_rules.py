@@ -3,7 +3,8 @@
 The writer sees what the agent saw (instruction, actions, observations, task type) and nothing else:
 no table of rules, no house. In houses that explain themselves a trace shows facts, of the state
 that was asked for or of others: labels, effects of attempts, reasons of refusal. In the official
-games, which explain nothing, it shows where the procedure broke off.
+games, which explain nothing, it shows where the procedure broke off; what heats, cools and cleans
+there is common sense that the writer brings along (`_COMMON_SENSE`), as paper A's GPT-4o does.
 """
 
 import collections
