@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import types
 
 import pytest
 
@@ -180,3 +181,40 @@ def test_the_engine_as_the_policy(smollm2_path):
   replies = generate([short, long, short])
   assert replies[1] is None
   assert isinstance(replies[0], str) and replies[0] == replies[2]
+
+
+def test_the_policy_writes_the_bank_of_its_own_failures(smollm2_path, tmp_path, monkeypatch):
+  from data import trajectory
+  from data.tokenizer import Tokenizer
+  from models import decoder, registry
+  # The whole command with writer=self; the tiny random policy's reply is replaced by one that can
+  # be parsed, everything before and after it is the real thing.
+  tokenizer = Tokenizer.load(smollm2_path)
+  config = registry.shrink(
+    registry.get_config('smollm2_135m'), vocab_size=tokenizer.vocab_size, num_layers=1)
+  asked = []
+
+  def load_policy():
+    asked.append('policy')
+    return decoder.create(config), tokenizer, 'tiny'
+
+  real = hint_writers.engine_generate
+
+  def replied(model, read, **options):
+    generate = real(model, read, **options, max_new_tokens=2)
+    return lambda chats: [
+      reply if reply is None else '- Examine the loom first.' for reply in generate(chats)]
+
+  monkeypatch.setattr(hint_writers, 'engine_generate', replied)
+  journal = trajectory.Journal(tmp_path / 'run' / trajectory.JOURNAL_NAME)
+  journal.append(episode(LABELLED))
+  journal.close()
+  out = tmp_path / 'bank.json'
+  flags = types.SimpleNamespace(
+    episodes=str(tmp_path / 'run'), out=str(out), writer='self', model='', adapter='', slots=2,
+    max_context=1024)
+  bank = hints.main(flags, load_policy)
+  assert asked == ['policy']
+  assert [hint.text for hint in bank.hints] == ['Examine the loom first.']
+  assert bank.provenance['writer'] == {'name': 'self', 'model': 'tiny'}
+  assert hints.HintBank.load(out).hints == bank.hints
