@@ -401,10 +401,12 @@ def config_of(graphdef: nnx.GraphDef) -> DecoderConfig:
 
 
 def prepare_for_decode(model: Model) -> Model:
-  """The same model with unstacked blocks, for `forward_cached` only.
+  """The same model with unstacked blocks, for `forward_cached` and `forward_step` only.
 
   Inside a loop of decode steps a stacked kernel is sliced, that is copied, at every step; separate
-  arrays are read where they lie.
+  arrays are read where they lie. SmolLM2-135M in bfloat16 with 32 slots, attend_len 320 of 512, ms
+  a step on one core: a scan over stacked weights and cache 99, unrolled over slices 94, prepared
+  87, prepared with `forward_step` 74 (float32 products: 126). Each compiles in 2 to 3 s.
   """
   unrolled = abstract(model.config, model.lora_config, unrolled=True)
   params = to_params(model.lora) | to_params(model.frozen)
