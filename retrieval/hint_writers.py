@@ -6,6 +6,7 @@ characters, placeholders for what differs from task to task). Whatever a writer 
 counted in `counts`, which the command shows.
 """
 
+import abc
 import collections
 import hashlib
 import http.client
@@ -179,7 +180,7 @@ def _progress(episodes: int) -> tqdm.tqdm:
     total=episodes, desc='hints', unit='episode', disable=None if episodes else True)
 
 
-class _ModelWriter:
+class _ModelWriter(abc.ABC):
   """What writers with a model share: stored replies, parsing, counting."""
 
   name = ''
@@ -189,12 +190,13 @@ class _ModelWriter:
     self.counts: collections.Counter = collections.Counter()
     self._store = AnswerStore(answers_path)
 
+  @abc.abstractmethod
   def provenance(self) -> dict[str, Any]:
-    raise NotImplementedError
+    """What the writer is, for the bank's record and the keys of stored replies."""
 
+  @abc.abstractmethod
   def _ask(self, pending: list[tuple[str, Episode, Messages]]) -> None:
     """Answers requests and puts every reply into the store as it comes."""
-    raise NotImplementedError
 
   def write(self, failures: Sequence[Episode]) -> list[list[str]]:
     requests = []
