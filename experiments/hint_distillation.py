@@ -41,6 +41,7 @@ from training import dataset
 
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
 
+
 class Loop:
   """One run of the method: its config, its folder, and the base weights, loaded once."""
 
