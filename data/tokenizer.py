@@ -18,6 +18,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from data import model_folder
 from data.errors import UserError
 from data.gguf import GGUFFile
 
@@ -384,8 +385,8 @@ def _pre_tokenizer(kind: str) -> dict[str, Any]:
 
 
 def _from_folder(folder: pathlib.Path) -> dict[str, Any]:
-  spec = _read_json(folder / 'tokenizer.json')
-  settings = _read_json(folder / 'tokenizer_config.json')
+  spec = model_folder.read_json(folder / 'tokenizer.json')
+  settings = model_folder.read_json(folder / 'tokenizer_config.json')
   if spec.get('model', {}).get('type') != 'BPE' or '"ByteLevel"' not in json.dumps(
     spec.get('pre_tokenizer')
   ):
@@ -401,7 +402,7 @@ def _from_folder(folder: pathlib.Path) -> dict[str, Any]:
 
   stops = []
   if (folder / 'generation_config.json').is_file():
-    stops = _read_json(folder / 'generation_config.json').get('eos_token_id') or []
+    stops = model_folder.read_json(folder / 'generation_config.json').get('eos_token_id') or []
     stops = [stops] if isinstance(stops, int) else stops
   eos_id = token_id('eos_token')
   if eos_id is None:
@@ -421,12 +422,3 @@ def _from_folder(folder: pathlib.Path) -> dict[str, Any]:
     'other_stop_ids': stops,
     'chat_template': template,
   }
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError as error:
-    raise UserError(f'{path} is missing; give the folder of a whole model.') from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} is not readable JSON ({error}); download it again.') from error

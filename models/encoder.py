@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import safetensors
 import tokenizers
 from flax import nnx
 
+from data import model_folder
 from data.errors import UserError
 
 # Rows are padded to one of these lengths and counts, so that at most 4 x 3 programs are compiled.
@@ -238,7 +239,7 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
 
 
 def _read_config(folder: pathlib.Path) -> EncoderConfig:
-  raw = _read_json(folder / 'config.json')
+  raw = model_folder.read_json(folder / 'config.json')
   if raw.get('model_type') != 'bert' or raw.get('hidden_act', 'gelu') != 'gelu':
     raise UserError(
       f'{folder} is a {raw.get("model_type")!r} model with {raw.get("hidden_act")!r}; the sentence '
@@ -246,7 +247,8 @@ def _read_config(folder: pathlib.Path) -> EncoderConfig:
     )
   window = 256
   if (folder / 'sentence_bert_config.json').is_file():
-    window = _read_json(folder / 'sentence_bert_config.json').get('max_seq_length') or window
+    settings = model_folder.read_json(folder / 'sentence_bert_config.json')
+    window = settings.get('max_seq_length') or window
   try:
     return EncoderConfig(
       vocab_size=raw['vocab_size'],
@@ -264,7 +266,7 @@ def _read_config(folder: pathlib.Path) -> EncoderConfig:
 
 
 def _read_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  spec = _read_json(folder / 'tokenizer.json')
+  spec = model_folder.read_json(folder / 'tokenizer.json')
   # The stored file truncates at 128 tokens; and text that spells '[SEP]' must stay text.
   spec |= {'truncation': None, 'padding': None, 'post_processor': None, 'added_tokens': []}
   try:
@@ -308,10 +310,3 @@ def _fill(abstract: nnx.State, config: EncoderConfig, folder: pathlib.Path) -> n
     (names, variable.replace(fill('.'.join(names), variable.get_value())))
     for names, variable in nnx.to_flat_state(abstract)
   ])
-
-
-def _read_json(path: pathlib.Path) -> Mapping:
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} is not readable JSON ({error}); download it again.') from error

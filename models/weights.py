@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from data import model_folder
 from data.errors import UserError
 from data.gguf import GGUFFile
 from models import decoder
@@ -146,10 +147,10 @@ def _assemble(
 def _load_folder(
   folder: pathlib.Path, dtype: str
 ) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
-  config = _config_from_hf(_read_json(folder / 'config.json'), folder, dtype)
+  config = _config_from_hf(model_folder.read_json(folder / 'config.json'), folder, dtype)
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    files = _read_json(index).get('weight_map', {})
+    files = model_folder.read_json(index).get('weight_map', {})
   else:
     files = dict.fromkeys(_open(folder / 'model.safetensors').keys(), 'model.safetensors')
   handles = {file: _open(folder / file) for file in sorted(set(files.values()))}
@@ -401,7 +402,7 @@ def load_peft(
       uses more than plain LoRA on the seven projections.
   """
   folder = pathlib.Path(folder)
-  settings = _read_json(folder / 'adapter_config.json')
+  settings = model_folder.read_json(folder / 'adapter_config.json')
   if settings.get('peft_type') != 'LORA':
     raise UserError(f'{folder} is a {settings.get("peft_type")} adapter; only LORA can be read.')
   extras = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern')
@@ -447,15 +448,3 @@ def load_peft(
       layers.append(tensor)
     params[flat] = np.stack(layers)
   return lora_config, params
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError as error:
-    raise UserError(f'{path} is missing; give a whole folder.') from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} is not readable JSON ({error}); download it again.') from error
-  if not isinstance(content, dict):
-    raise UserError(f'{path} does not hold a JSON object; download it again.')
-  return content
