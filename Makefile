@@ -1,5 +1,6 @@
 # make demo   the whole loop on this machine, with a table at the end
-# make test   every test (makes the environment if it is not there)
+# make test   every test but the slow ones (makes the environment if it is not there)
+# make test-all   the slow ones too: hundreds of games against TextWorld, kills at random moments
 # make setup  .venv with all that tests and benchmarks need
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -7,12 +8,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test test-all setup lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m experiments.hint_distillation --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
 
 test: setup
+	$(BIN)/python -m pytest -q tests -m 'not slow' $(PYTEST_ARGS)
+
+test-all: setup
 	$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
 
 setup: $(VENV)/.dev
