@@ -48,11 +48,12 @@ def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
         f'env_options cannot set {key}; it is the config key {"env" if key == "name" else key}.')
     options[key] = _option_value(text)
   if config.env == 'household':
+    count = config.skip + config.episodes if config.episodes else 0
     options = {
       'skills': config.skills, 'seed': config.env_seed,
       'task_types': [t.strip() for t in config.task_types.split(',') if t.strip()],
       # As many games as are played; few-shot examples come from all of the training split.
-      'num_train': 0 if config.few_shots else config.episodes, 'num_valid': config.episodes,
+      'num_train': 0 if config.few_shots else count, 'num_valid': count,
       **options}
   return envs.get_suite(config.env, data=config.data, **options)
 
@@ -68,8 +69,10 @@ def _option_value(text: str) -> Any:
   return text
 
 
-def choose_tasks(suite: envs_base.Suite, split: str, count: int) -> list[envs_base.Task]:
-  """The first `count` tasks of a split; 0 is all of them.
+def choose_tasks(
+  suite: envs_base.Suite, split: str, count: int, skip: int = 0
+) -> list[envs_base.Task]:
+  """The first `count` tasks of a split after `skip` others; 0 is all of them.
 
   Raises:
     errors.UserError: the split does not exist, or there are fewer tasks.
@@ -77,12 +80,15 @@ def choose_tasks(suite: envs_base.Suite, split: str, count: int) -> list[envs_ba
   if split not in suite.splits:
     raise errors.UserError(
       f'{suite.name} has no split {split!r}; it has {", ".join(suite.splits)}.')
+  if min(count, skip) < 0:
+    raise errors.UserError('episodes and skip must not be negative.')
   tasks = suite.tasks(split)
-  if len(tasks) < max(1, count):
+  wanted = skip + max(1, count)
+  if len(tasks) < wanted:
     raise errors.UserError(
-      f'Split {split} has {len(tasks)} tasks of these types, not {max(1, count)}; ask for fewer, '
+      f'Split {split} has {len(tasks)} tasks of these types, not {wanted}; ask for fewer, '
       'or check the data folder.')
-  return tasks[:count] if count else tasks
+  return tasks[skip:skip + count] if count else tasks[skip:]
 
 
 def make_spec(config: ml_collections.ConfigDict) -> episode_lib.AgentSpec:
@@ -114,7 +120,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
     raise errors.UserError('slots and decode_steps must be at least 1.')
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
-  tasks = choose_tasks(suite, config.split, config.episodes)
+  tasks = choose_tasks(suite, config.split, config.episodes, config.skip)
   if row := _finished_row(workdir, tasks):
     show(workdir, row)
     return

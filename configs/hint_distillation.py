@@ -31,6 +31,10 @@ DEFAULTS = dict(
   env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3',
   train_games=180,
   eval_games=120,
+  # POLICY[+MEMORY[@K]]; see experiments/evaluation_rows.py for the controls.
+  evaluate='base,base+hints,sft,distilled',
+  sft_examples='own',  # or matched: as many as distilled's, base plays further games for them
+  next_after='',  # the workdir of a finished run: this one is its next round
   # Agent.
   agent='plain',
   layout='default',

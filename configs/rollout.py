@@ -29,6 +29,7 @@ DEFAULTS = dict(
   data='generated',  # 'generated', or the folder of the real games
   split='valid_seen',
   episodes=0,  # the first N tasks of the split; 0 is all of them
+  skip=0,  # tasks of the split that are left out before them
   task_types='',  # comma list; '' is all
   skills='official',  # household: the rules of the houses: official, warm, loop, hard
   env_seed=0,  # of generated rules and houses

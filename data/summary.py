@@ -4,7 +4,7 @@ import collections
 import importlib.metadata
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,22 @@ def paired(
   low, high = np.percentile(means, [2.5, 97.5])
   return {'a': a_id, 'b': b_id, 'difference': float(difference.mean()),
           'ci95': [float(low), float(high)], 'n': len(tasks)}
+
+
+def outcomes(
+  played: Mapping[str, Sequence[trajectory.Episode]]
+) -> dict[str, dict[str, list[int]] | list[str]]:
+  """Which games each row won, so that committed results can be compared again.
+
+  Args:
+    played: row id -> its episodes; all rows over the same tasks.
+
+  Returns:
+    {'tasks': sorted task ids, 'rows': {row id: 0 or 1 per task}}.
+  """
+  tasks = sorted({e.task_id for episodes in played.values() for e in episodes})
+  won = {name: {e.task_id: int(e.success) for e in episodes} for name, episodes in played.items()}
+  return {'tasks': tasks, 'rows': {name: [w[t] for t in tasks] for name, w in won.items()}}
 
 
 def table(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -> str:

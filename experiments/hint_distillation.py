@@ -12,7 +12,9 @@
   evaluation   base, base+hints, sft, distilled on houses that no stage saw, paired, greedy
 
 Each stage has a folder in the workdir and is skipped when it is finished; a stopped stage goes on.
-`--dry_run` walks all of it with a shrunken random model and a few games.
+What the run will cost is printed first. `evaluate=` adds rows (controls, other k, other writers:
+experiments/evaluation_rows.py), `next_after=RUN` starts from a finished run's student and bank: the
+next round. `--dry_run` walks all stages with a shrunken random model and a few games.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ import os
 import pathlib
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -35,9 +37,12 @@ from configs import rollout as rollout_config
 from configs import train as train_config
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
-from experiments import dry_run, report, warm_start
+from experiments import budget, dry_run, evaluation_rows, report, warm_start
 from retrieval import hints as hints_lib
 from training import dataset
+
+# Adding a row to a finished run plays that row only.
+_FREE_KEYS = ('evaluate',)
 
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
 
@@ -57,6 +62,7 @@ class Loop:
     self.workdir = workdir
     self.dry_hint_url = dry_hint_url
     self.wall_s: dict[str, float] = {}
+    self.records: dict[str, dict[str, Any]] = {}
     self._base = None
 
   @property
@@ -82,37 +88,48 @@ class Loop:
       record['wall_s'] = earlier + time.perf_counter() - started
       workdir_lib.write_json(done, record)
     self.wall_s[name] = record['wall_s']
+    self.records[name] = record
     return record
 
   # What the stages share.
 
-  def rollout(self, folder: pathlib.Path, *, policy: str, adapter: str, memory: str, split: str,
-              games: int) -> list[trajectory.Episode]:
+  def rollout(self, folder: pathlib.Path, *, policy: str, adapter: str, split: str, games: int,
+              skip: int = 0, bank: str = '', **changes) -> list[trajectory.Episode]:
     """Plays episodes through rollout.py's own code; the same as its command with this config."""
     c = self.config
     values = {key: c[key] for key in rollout_config.DEFAULTS if key in c}
     values.update(
-      policy=policy, adapter=adapter, split=split, episodes=games, memory=memory,
-      skills=c.loop_skills, env_seed=c.seed, bank=str(self.bank) if memory == 'hints' else '')
+      policy=policy, adapter=adapter, split=split, episodes=games, skip=skip,
+      memory='hints' if bank else 'none', bank=bank, skills=c.loop_skills, env_seed=c.seed)
+    values.update(changes)
     rollout.run(rollout_config.make(values), folder, base=self.base)
     return trajectory.load_episodes(folder)
 
-  def train(self, folder: pathlib.Path, data: pathlib.Path, init_adapter: str, **changes) -> dict:
+  def train(self, folder: pathlib.Path, data: str, init_adapter: str, **changes) -> dict:
     """Fine-tunes through train.py's own code."""
     c = self.config
     values = {key: c[key] for key in train_config.DEFAULTS if key in c}
-    values.update(data=str(data), init_adapter=init_adapter)
+    values.update(data=data, init_adapter=init_adapter)
     values.update(changes)
     return train.run(train_config.make(values), folder, base=self.base)
 
-  @property
-  def bank(self) -> pathlib.Path:
-    return self.workdir / 'hints' / 'bank.json'
+  def bank(self, writer: str = '') -> str:
+    """The bank's file; `writer` names the stage of another writer than the config's."""
+    return str(self.workdir / (f'hints-{writer}' if writer else 'hints') / 'bank.json')
 
   @property
   def start_adapter(self) -> str:
-    """What all policies continue: the warm start's adapter, or nothing."""
+    """What all policies continue: the warm start, the round before, or nothing."""
+    if self.config.next_after:
+      return _record(self.config.next_after, 'distilled')['adapter']
     return str(self.workdir / 'warm_start' / 'adapter') if self.config.warm_episodes else ''
+
+  @property
+  def train_skip(self) -> int:
+    """Training games that the rounds before have played."""
+    if not self.config.next_after:
+      return 0
+    return _record(self.config.next_after, 'sft')['played']
 
   # The stages.
 
@@ -128,92 +145,156 @@ class Loop:
       suite, tasks, self.base.tokenizer, spec, folder, k=c.k, hint_share=c.warm_hint_share,
       rule_share=c.warm_rule_share, seed=c.seed)
     trained = self.train(
-      folder, folder, '', drop_memory=False, epochs=c.warm_epochs,
+      folder, str(folder), '', drop_memory=False, epochs=c.warm_epochs,
       learning_rate=c.warm_learning_rate, max_examples=0)
-    return {'episodes': len(episodes), 'won': sum(e.success for e in episodes),
-            'tokens': sum(len(e.tokens) for e in episodes), 'training': trained}
+    return {**_counts(episodes), 'training': trained}
 
-  def collect(self, folder: pathlib.Path, memory: str) -> dict:
-    policy = 'teacher' if memory == 'hints' else 'base'
+  def collect(self, folder: pathlib.Path, policy: str) -> dict:
     episodes = self.rollout(
-      folder, policy=policy, adapter=self.start_adapter, memory=memory,
-      split=self.config.train_split, games=self.config.train_games)
-    return {'episodes': len(episodes), 'won': sum(e.success for e in episodes),
-            'tokens': sum(len(e.tokens) for e in episodes)}
+      folder, policy=policy, adapter=self.start_adapter, split=self.config.train_split,
+      games=self.config.train_games, skip=self.train_skip,
+      bank=self.bank() if policy == 'teacher' else '')
+    return _counts(episodes)
 
-  def hints(self, folder: pathlib.Path) -> dict:
-    """Writes the bank through retrieval.hints' own code; no failure gives an empty bank."""
+  def hints(self, folder: pathlib.Path, writer: str = '') -> dict:
+    """Writes a bank through retrieval.hints' own code; no failure gives an empty bank.
+
+    Args:
+      folder: of the stage.
+      writer: another one than the config's, over the same failures.
+    """
     c = self.config
-    source = self.workdir / 'base'
-    failures = sum(not e.success for e in trajectory.load_episodes(source))
+    runs = [str(self.workdir / 'base')]
+    if c.next_after:
+      # A later round knows what the failures of the earlier ones taught.
+      before = json.loads((pathlib.Path(c.next_after) / 'hints' / 'bank.json').read_text())
+      runs = [*before['provenance']['runs'], *runs]
+    failures = sum(not e.success for run in runs for e in trajectory.load_episodes(run))
+    out, chosen = self.bank(writer), writer or c.writer
     if not failures:
       print('No episode failed: the bank is empty and the teacher plays without hints.')
-      hints_lib.HintBank([], {'runs': [str(source)], 'failures': 0}).save(self.bank)
+      hints_lib.HintBank([], {'runs': runs, 'failures': 0}).save(out)
       return {'hints': 0, 'failures': 0}
-    print(f'{failures} failures, writer {c.writer}, '
-          + ('under 0.1 min' if c.writer == 'rules' else 'one call of a model each'), flush=True)
+    print(f'{failures} failures, writer {chosen}, '
+          + ('under 0.1 min' if chosen == 'rules' else 'one call of a model each'), flush=True)
     bank = hints_lib.main(
       types.SimpleNamespace(
-        episodes=str(source), out=str(self.bank), writer=c.writer,
-        model=c.hint_model if c.writer == 'openai' else c.model, adapter=self.start_adapter,
+        episodes=','.join(runs), out=out, writer=chosen,
+        model=c.hint_model if chosen == 'openai' else c.model, adapter=self.start_adapter,
         slots=c.slots, max_context=c.max_context,
         base_url=self.dry_hint_url or c.hint_base_url, timeout_s=60.0, retries=4),
       load_policy=lambda: (self.base.model(self.start_adapter), self.base.tokenizer,
                            self.base.name))
     return {'hints': len(bank.hints), 'failures': failures}
 
-  def student(self, folder: pathlib.Path, source: str) -> dict:
-    """Trains on a stage's successes; without any, the student is what it would have continued."""
+  def usable(self, sources: Sequence[str]) -> int:
+    """How many episodes of these stages pass the filter of the training set."""
+    episodes = [e for name in sources for e in trajectory.load_episodes(self.workdir / name)]
+    kept, _ = dataset.select(episodes, dataset.Rules(max_invalid=self.config.max_invalid))
+    return len(kept)
+
+  def more_base_games(self) -> list[str]:
+    """Plays base on further training games until it has as many usable episodes as the teacher.
+
+    Returns:
+      The stages that hold base's episodes.
+    """
+    c = self.config
+    wanted, sources = self.usable(['teacher']), ['base']
+    played = self.train_skip + c.train_games
+    while (have := self.usable(sources)) < wanted:
+      # At the rate so far, a tenth more; a base that wins nothing gets one further try.
+      rate = have / (played - self.train_skip)
+      games = max(8, round(1.1 * (wanted - have) / rate)) if have else c.train_games
+      name = f'base_more_{len(sources)}'
+      self.stage(name, lambda folder, g=games, p=played: _counts(self.rollout(
+        folder, policy='base', adapter=self.start_adapter, split=c.train_split, games=g, skip=p)))
+      sources.append(name)
+      played += games
+      if not have:
+        break
+    return sources
+
+  def student(self, folder: pathlib.Path, sources: Sequence[str], max_examples: int = 0) -> dict:
+    """Trains on the successes of stages; without any, the student is what it would have continued.
+
+    Args:
+      folder: of the stage.
+      sources: the stages.
+      max_examples: a random subset of that size; 0 is all.
+    """
+    played = sum(len(trajectory.load_episodes(self.workdir / name)) for name in sources)
+    record = {'played': self.train_skip + played}
     # A random model solves nothing; its dry run trains on what there is.
     untrained = dict(success_only=False, max_invalid=10**6) if self.dry_hint_url else {}
-    rules = dataset.Rules(max_invalid=self.config.max_invalid)
-    kept, counts = dataset.select(trajectory.load_episodes(self.workdir / source), rules)
-    if not kept and not untrained:
-      print(f'No episode of {source} passes the filter ({counts}): nothing to train on.')
-      return {'trained': 0, 'adapter': self.start_adapter}
+    if not self.usable(sources) and not untrained:
+      print(f'No episode of {", ".join(sources)} passes the filter: nothing to train on.')
+      return {**record, 'trained': 0, 'adapter': self.start_adapter}
     trained = self.train(
-      folder, self.workdir / source, self.start_adapter, drop_memory=True, drop_few_shot=True,
-      **untrained)
-    return {'trained': trained['episodes']['kept'], 'adapter': str(folder / 'adapter'),
+      folder, ','.join(str(self.workdir / name) for name in sources), self.start_adapter,
+      drop_memory=True, drop_few_shot=True, max_examples=max_examples, **untrained)
+    return {**record, 'trained': trained['episodes']['kept'], 'adapter': str(folder / 'adapter'),
             'training': trained}
 
-  def evaluate(self, folder: pathlib.Path, policy: str, memory: str) -> dict:
+  def evaluate(self, folder: pathlib.Path, row: evaluation_rows.Row) -> dict:
+    c = self.config
     adapter = self.start_adapter
-    if policy != 'base':
-      adapter = json.loads((self.workdir / policy / 'done.json').read_text())['adapter']
+    if row.policy != 'base':
+      adapter = _record(self.workdir, row.policy)['adapter']
     episodes = self.rollout(
-      folder, policy=policy, adapter=adapter, memory=memory, split=self.config.eval_split,
-      games=self.config.eval_games)
-    return {'tokens': sum(len(e.tokens) for e in episodes)}
+      folder, policy=row.policy, adapter=adapter, split=c.eval_split, games=c.eval_games,
+      bank=self.bank(row.writer) if row.memory == 'hints' else '',
+      retrieval=row.retrieval or c.retrieval, k=row.k or c.k)
+    return _counts(episodes)
 
   def run(self) -> dict[str, Any]:
     """All stages; returns and writes summary.json."""
     c = self.config
-    workdir_lib.open_workdir(self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)})
+    rows = evaluation_rows.parse(c.evaluate)
+    workdir_lib.open_workdir(
+      self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)}, free_keys=_FREE_KEYS)
+    predicted = budget.predict(c, self.base, len(rows))
+    print(budget.table(predicted), flush=True)
     if c.warm_episodes:
       self.stage('warm_start', self.warm_start)
-    self.stage('base', lambda folder: self.collect(folder, 'none'))
+    self.stage('base', lambda folder: self.collect(folder, 'base'))
     self.stage('hints', self.hints)
-    self.stage('teacher', lambda folder: self.collect(folder, 'hints'))
-    self.stage('sft', lambda folder: self.student(folder, 'base'))
-    self.stage('distilled', lambda folder: self.student(folder, 'teacher'))
-    rows, played = [], {}
-    for row_id, policy, memory in (
-        ('base', 'base', 'none'), ('base+hints', 'base', 'hints'), ('sft', 'sft', 'none'),
-        ('distilled', 'distilled', 'none')):
-      name = f'evaluation/{row_id}'
-      self.stage(name, lambda folder, p=policy, m=memory: self.evaluate(folder, p, m))
-      played[row_id] = trajectory.load_episodes(self.workdir / name)
-      rows.append(summary.row(
-        played[row_id], id=row_id, policy=policy, memory=memory, split=c.eval_split, seed=c.seed))
-    pairs = [
-      summary.paired(played[a], played[b], a_id=a, b_id=b)
-      for a, b in (('base+hints', 'base'), ('sft', 'base'), ('distilled', 'base'),
-                   ('distilled', 'sft'), ('distilled', 'base+hints'))]
-    record = {'rows': rows, 'paired': pairs, 'wall_s': self.wall_s, 'config': c.to_dict(),
-              'versions': summary.versions()}
+    self.stage('teacher', lambda folder: self.collect(folder, 'teacher'))
+    sources, same = ['base'], 0
+    if c.sft_examples == 'matched' and not self.dry_hint_url:
+      sources, same = self.more_base_games(), self.usable(['teacher'])
+    self.stage('sft', lambda folder: self.student(folder, sources, same))
+    self.stage('distilled', lambda folder: self.student(folder, ['teacher']))
+    for writer in sorted({row.writer for row in rows} - {''}):
+      self.stage(f'hints-{writer}', lambda folder, w=writer: self.hints(folder, w))
+    records, played = [], {}
+    for row in rows:
+      name = f'evaluation/{row.id}'
+      self.stage(name, lambda folder, r=row: self.evaluate(folder, r))
+      played[row.id] = trajectory.load_episodes(self.workdir / name)
+      records.append(summary.row(
+        played[row.id], id=row.id, policy=row.policy, memory=row.memory, split=c.eval_split,
+        seed=c.seed))
+    record = {
+      'rows': records,
+      'paired': [summary.paired(played[a], played[b], a_id=a, b_id=b)
+                 for a, b in evaluation_rows.pairs(rows)],
+      'won': summary.outcomes(played), 'wall_s': self.wall_s, 'predicted': predicted,
+      'stages': {name: {key: value for key, value in stage.items() if isinstance(value, int)}
+                 for name, stage in self.records.items()},
+      'config': c.to_dict(), 'versions': summary.versions()}
     workdir_lib.write_json(self.workdir / 'summary.json', record)
     return record
+
+
+def _counts(episodes: Sequence[trajectory.Episode]) -> dict[str, int]:
+  return {'episodes': len(episodes), 'won': sum(e.success for e in episodes),
+          'tokens': sum(len(e.tokens) for e in episodes)}
+
+
+def _record(run: str | pathlib.Path, stage: str) -> dict[str, Any]:
+  """What a finished stage recorded."""
+  return json.loads((pathlib.Path(run) / stage / 'done.json').read_text())
 
 
 def _earlier_seconds(folder: pathlib.Path) -> float:
@@ -240,6 +321,17 @@ def check(config) -> None:
   """
   if config.train_games < 1 or config.eval_games < 1:
     raise errors.UserError('train_games and eval_games must be at least 1.')
+  if config.sft_examples not in ('own', 'matched'):
+    raise errors.UserError(f'sft_examples is own or matched, not {config.sft_examples!r}.')
+  evaluation_rows.parse(config.evaluate)
+  if config.next_after:
+    for stage in ('hints', 'sft', 'distilled'):
+      if not (pathlib.Path(config.next_after) / stage / 'done.json').is_file():
+        raise errors.UserError(
+          f'next_after={config.next_after} is no run whose stage {stage} is finished; give the '
+          '--workdir of a finished run.')
+    if config.warm_episodes:
+      raise errors.UserError('next_after goes on from a student: set warm_episodes=0.')
   if '$' in config.data:
     raise errors.UserError(
       f'data is {config.data}, and that variable is not set; set it to the folder of the real '
@@ -269,8 +361,8 @@ def main(_):
   tokens = {
     row['id']: row['prompt_tokens_mean'] - row['memory_tokens_mean'] + row['generated_tokens_mean']
     for row in record['rows']}
-  print(f'tokens an episode, hint block not counted: distilled {tokens["distilled"]:.0f}, '
-        f'teacher (base+hints) {tokens["base+hints"]:.0f}')
+  print('tokens an episode, hint block not counted: '
+        + ', '.join(f'{name} {mean:.0f}' for name, mean in tokens.items()))
   print(f'\n{sum(record["wall_s"].values()) / 60:.1f} min in all; {workdir / "summary.json"}')
   print(f'to look at: {report.write(workdir)}')
 

@@ -140,9 +140,9 @@ def test_the_loop_survives_a_base_that_never_fails_or_never_wins(tmp_path, monke
   won = types.SimpleNamespace(success=True, invalid_actions=9, repeated_noops=0)
   monkeypatch.setattr(trajectory, 'load_episodes', lambda _: [won])
   assert loop.stage('hints', loop.hints)['hints'] == 0
-  assert json.loads(loop.bank.read_text())['hints'] == []
+  assert json.loads(pathlib.Path(loop.bank()).read_text())['hints'] == []
   # Nine invalid actions: the paper's filter leaves nothing to train on.
-  record = loop.stage('sft', lambda folder: loop.student(folder, 'base'))
+  record = loop.stage('sft', lambda folder: loop.student(folder, ['base']))
   assert record['trained'] == 0 and record['adapter'] == ''
 
 

@@ -1,0 +1,96 @@
+"""What a hint distillation will cost, said before it starts: tokens and minutes by part.
+
+Episode lengths come from a few episodes of the scripted expert in the run's own format and tasks,
+once as one who has to find out and once as one who was told; minutes from one timed product.
+"""
+
+from typing import Any
+
+import numpy as np
+
+import rollout
+from agents import expert_episodes
+from agents import policy as policy_lib
+from agents.episode import Labels
+from configs import rollout as rollout_config
+from models import lora as lora_lib
+from models.registry import count_params
+from training import speed
+
+_GAMES = 6
+
+# Share of the machine's product rate that playing reaches, counting two operations a parameter and
+# token: SmolLM2 on 2 CPU cores plays 800 to 900 tokens a second, prefilled and generated.
+_PLAY_EFFICIENCY = 0.25
+
+# A model makes more steps than the expert that knows, and wins part of its games.
+_MODEL_STEPS = 1.5
+_KEPT_SHARE = 0.7
+
+
+def predict(config: Any, base: policy_lib.Base, num_rows: int) -> list[dict[str, Any]]:
+  """The parts of a run with their tokens and minutes on this machine.
+
+  Args:
+    config: as configs/hint_distillation.py makes it.
+    base: the model.
+    num_rows: rows of the evaluation.
+
+  Returns:
+    A list of {'part', 'episodes', 'tokens', 'minutes'}. `tokens` are computed ones: prefilled and
+    generated in play, trained places times epochs in training. Compilation is not in the minutes.
+  """
+  finding = _expert_tokens(config, base, known=False)
+  told = _expert_tokens(config, base, known=True)
+  played = _MODEL_STEPS * told
+  kept = round(_KEPT_SHARE * config.train_games)
+  parts = []
+
+  rate = speed.product_rate(config.dtype)
+  params = count_params(base.config)
+  lora = lora_lib.LoraConfig(rank=config.rank, alpha=config.alpha)
+
+  def play(part: str, episodes: int) -> None:
+    tokens = round(episodes * played)
+    minutes = 2 * params * tokens / (rate * _PLAY_EFFICIENCY) / 60
+    parts.append({'part': part, 'episodes': episodes, 'tokens': tokens, 'minutes': minutes})
+
+  def train(part: str, episodes: int, mean: float, epochs: float) -> None:
+    tokens = round(episodes * mean * epochs)
+    flops = speed.train_flops(base.config, lora, tokens, tokens // 4, config.row_len)
+    minutes = flops / (rate * speed.STEP_EFFICIENCY) / 60
+    parts.append({'part': part, 'episodes': episodes, 'tokens': tokens, 'minutes': minutes})
+
+  if config.warm_episodes:
+    train('warm start', config.warm_episodes, finding, config.warm_epochs)
+  play('base and teacher', 2 * config.train_games)
+  train('students', 2 * kept, told, config.epochs)
+  play('evaluation', num_rows * config.eval_games)
+  return parts
+
+
+def _expert_tokens(config: Any, base: policy_lib.Base, *, known: bool) -> float:
+  """Mean tokens of the expert's episodes on the first training games."""
+  values = {key: config[key] for key in rollout_config.DEFAULTS if key in config}
+  values.update(skills=config.loop_skills, env_seed=config.seed, episodes=_GAMES)
+  rollout_values = rollout_config.make(values)
+  suite = rollout.make_suite(rollout_values)
+  spec = expert_episodes.expert_spec(rollout.make_spec(rollout_values))
+  labels = Labels('expert', 'expert', config.train_split, config.seed)
+  tasks = rollout.choose_tasks(suite, config.train_split, _GAMES)
+  return float(np.mean([
+    len(expert_episodes.expert_episode(
+      suite, task, base.tokenizer, spec, labels,
+      known_rules=suite.rules(task) if known else ()).tokens)
+    for task in tasks]))
+
+
+def table(parts: list[dict[str, Any]]) -> str:
+  """The parts as text for a terminal, with their sum."""
+  lines = [f'{"predicted":<18} {"episodes":>8} {"tokens":>9} {"minutes":>8}']
+  total = {'part': 'all', **{key: sum(p[key] for p in parts)
+                             for key in ('episodes', 'tokens', 'minutes')}}
+  for part in [*parts, total]:
+    lines.append(f'{part["part"]:<18} {part["episodes"]:>8} {part["tokens"]:>9} '
+                 f'{part["minutes"]:>8.1f}')
+  return '\n'.join(lines)
