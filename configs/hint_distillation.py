@@ -3,17 +3,24 @@
   python -m experiments.hint_distillation \
     --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
 
-The default is the embedded demo: SmolLM2-135M, generated houses, hints written by rules over the
-failed traces. `model=qwen25_7b` (or any larger name of models/registry.py) is the paper's setting
-in full: ALFWorld's own games, ReAct, 1,200 training tasks, k = 3, LoRA rank 64, no warm start.
+`setting` is a set of defaults that everything else overrides:
+
+  demo      SmolLM2-135M, generated houses, hints written by rules over the failed traces. The
+            default of smollm2_135m and of a model folder.
+  paper     the paper's setting in full: ALFWorld's own games, ReAct, 1,200 training tasks, k = 3,
+            LoRA rank 64, no warm start. The default of every other name of models/registry.py.
+  alfworld  SmolLM2-135M on ALFWorld's own games, warm-started on 240 expert episodes of them.
+
 `--dry_run` walks every stage of either with a shrunken random model and a few games.
 """
 
 import os
 
 from configs import common
+from data import errors
 
 DEFAULTS = dict(
+  setting='',  # demo, paper, alfworld; '' is the model's own
   model='smollm2_135m',
   base='',  # weights: '' published, 'random', or a path
   tokenizer='',
@@ -115,7 +122,34 @@ PAPER = dict(
 )
 
 
+# A model of the demo's size on the real games. It has to be shown the official procedures first;
+# the loop plays other training games than the warm start showed.
+ALFWORLD = dict(
+  data=PAPER['data'],
+  eval_split='valid_seen',
+  task_types='',
+  warm_skills='official',
+  loop_skills='official',
+  env_options='',
+  train_games=60,
+  eval_games=60,
+  max_env_steps=50,
+  max_calls=60,
+  max_context=3072,
+  warm_episodes=240,
+  row_len=1024,
+)
+
+SETTINGS = {'demo': {}, 'paper': PAPER, 'alfworld': ALFWORLD}
+
+
 def get_config(arg=None):
-  model = common.parse_arg(arg, DEFAULTS)['model']
-  defaults = DEFAULTS if model == 'smollm2_135m' else {**DEFAULTS, **PAPER, 'model': model}
-  return common.make_config(arg, defaults)
+  values = common.parse_arg(arg, DEFAULTS)
+  model, setting = values['model'], values['setting']
+  if not setting:
+    small = model == DEFAULTS['model'] or os.path.exists(model)
+    setting = 'demo' if small else 'paper'
+  if setting not in SETTINGS:
+    raise errors.UserError(f'There is no setting {setting!r}; there are {", ".join(SETTINGS)}.')
+  return common.make_config(
+    arg, {**DEFAULTS, **SETTINGS[setting], 'model': model, 'setting': setting})

@@ -105,11 +105,31 @@ def paired(
       'only); compare runs over the same split.')
   tasks = sorted(won_a)
   difference = np.array([won_a[t] - won_b[t] for t in tasks])
+  return {'a': a_id, 'b': b_id, 'n': len(tasks), **bootstrap([difference], resamples, seed)}
+
+
+def bootstrap(
+  differences: Sequence[np.ndarray], resamples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+  """Returns the mean of paired differences and its 95 % percentile bootstrap interval.
+
+  Args:
+    differences: of each group (a seed's games) the differences, [n_i]; resampled within its group.
+    resamples: draws.
+    seed: of the draws.
+
+  Returns:
+    {'difference', 'ci95'}, and 'by_seed', the means of the groups, where there are several.
+  """
   rng = np.random.default_rng(seed)
-  means = difference[rng.integers(len(tasks), size=(resamples, len(tasks)))].mean(axis=1)
-  low, high = np.percentile(means, [2.5, 97.5])
-  return {'a': a_id, 'b': b_id, 'difference': float(difference.mean()),
-          'ci95': [float(low), float(high)], 'n': len(tasks)}
+  total = sum(len(d) for d in differences)
+  means = sum(d[rng.integers(len(d), size=(resamples, len(d)))].sum(axis=1) for d in differences)
+  low, high = np.percentile(means / total, [2.5, 97.5])
+  record = {'difference': float(sum(d.sum() for d in differences) / total),
+            'ci95': [float(low), float(high)]}
+  if len(differences) > 1:
+    record['by_seed'] = [float(d.mean()) for d in differences]
+  return record
 
 
 def outcomes(

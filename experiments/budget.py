@@ -4,6 +4,7 @@ Episode lengths come from a few episodes of the scripted expert in the run's own
 once as one who has to find out and once as one who was told; minutes from one timed product.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from agents import expert_episodes
 from agents import policy as policy_lib
 from agents.episode import Labels
 from configs import rollout as rollout_config
+from experiments import evaluation_rows
 from models import lora as lora_lib
 from models.registry import count_params
 from training import speed
@@ -28,13 +30,14 @@ _MODEL_STEPS = 1.5
 _KEPT_SHARE = 0.7
 
 
-def predict(config: Any, base: policy_lib.Base, num_rows: int) -> list[dict[str, Any]]:
+def predict(config: Any, base: policy_lib.Base,
+            rows: Sequence[evaluation_rows.Row]) -> list[dict[str, Any]]:
   """The parts of a run with their tokens and minutes on this machine.
 
   Args:
     config: as configs/hint_distillation.py makes it.
     base: the model.
-    num_rows: rows of the evaluation.
+    rows: of the evaluation; a student that none of them names is not trained.
 
   Returns:
     A list of {'part', 'episodes', 'tokens', 'minutes'}. `tokens` are computed ones: prefilled and
@@ -64,8 +67,9 @@ def predict(config: Any, base: policy_lib.Base, num_rows: int) -> list[dict[str,
   if config.warm_episodes:
     train('warm start', config.warm_episodes, finding, config.warm_epochs)
   play('base and teacher', 2 * config.train_games)
-  train('students', 2 * kept, told, config.epochs)
-  play('evaluation', num_rows * config.eval_games)
+  students = {row.policy for row in rows} - {'base'}
+  train('students', len(students) * kept, told, config.epochs)
+  play('evaluation', len(rows) * config.eval_games)
   return parts
 
 

@@ -73,6 +73,8 @@ def _parse_row(text: str) -> Row:
     row = dataclasses.replace(row, k=int(k))
   elif at:
     policy = ''
+  if at and not plus:
+    policy = ''
   if policy not in POLICIES or row.writer not in ('', *hints_lib.WRITERS):
     raise errors.UserError(
       f'evaluate has {text!r}; a row is POLICY, POLICY+MEMORY or POLICY+MEMORY@K with a policy of '

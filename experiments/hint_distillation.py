@@ -126,10 +126,13 @@ class Loop:
 
   @property
   def train_skip(self) -> int:
-    """Training games that the rounds before have played."""
-    if not self.config.next_after:
-      return 0
-    return _record(self.config.next_after, 'sft')['played']
+    """Training games that the warm start has shown or the rounds before have played."""
+    c = self.config
+    if not c.next_after:
+      return c.warm_episodes if c.warm_skills == c.loop_skills else 0
+    folder = pathlib.Path(c.next_after)
+    stages = [path.parent.name for path in folder.glob('base*/done.json')]
+    return _record(folder, 'base')['skip'] + sum(_record(folder, s)['episodes'] for s in stages)
 
   # The stages.
 
@@ -154,7 +157,7 @@ class Loop:
       folder, policy=policy, adapter=self.start_adapter, split=self.config.train_split,
       games=self.config.train_games, skip=self.train_skip,
       bank=self.bank() if policy == 'teacher' else '')
-    return _counts(episodes)
+    return {**_counts(episodes), 'skip': self.train_skip}
 
   def hints(self, folder: pathlib.Path, writer: str = '') -> dict:
     """Writes a bank through retrieval.hints' own code; no failure gives an empty bank.
@@ -223,17 +226,15 @@ class Loop:
       sources: the stages.
       max_examples: a random subset of that size; 0 is all.
     """
-    played = sum(len(trajectory.load_episodes(self.workdir / name)) for name in sources)
-    record = {'played': self.train_skip + played}
     # A random model solves nothing; its dry run trains on what there is.
     untrained = dict(success_only=False, max_invalid=10**6) if self.dry_hint_url else {}
     if not self.usable(sources) and not untrained:
       print(f'No episode of {", ".join(sources)} passes the filter: nothing to train on.')
-      return {**record, 'trained': 0, 'adapter': self.start_adapter}
+      return {'trained': 0, 'adapter': self.start_adapter}
     trained = self.train(
       folder, ','.join(str(self.workdir / name) for name in sources), self.start_adapter,
       drop_memory=True, drop_few_shot=True, max_examples=max_examples, **untrained)
-    return {**record, 'trained': trained['episodes']['kept'], 'adapter': str(folder / 'adapter'),
+    return {'trained': trained['episodes']['kept'], 'adapter': str(folder / 'adapter'),
             'training': trained}
 
   def evaluate(self, folder: pathlib.Path, row: evaluation_rows.Row) -> dict:
@@ -253,18 +254,21 @@ class Loop:
     rows = evaluation_rows.parse(c.evaluate)
     workdir_lib.open_workdir(
       self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)}, free_keys=_FREE_KEYS)
-    predicted = budget.predict(c, self.base, len(rows))
+    predicted = budget.predict(c, self.base, rows)
     print(budget.table(predicted), flush=True)
     if c.warm_episodes:
       self.stage('warm_start', self.warm_start)
     self.stage('base', lambda folder: self.collect(folder, 'base'))
     self.stage('hints', self.hints)
     self.stage('teacher', lambda folder: self.collect(folder, 'teacher'))
-    sources, same = ['base'], 0
-    if c.sft_examples == 'matched' and not self.dry_hint_url:
-      sources, same = self.more_base_games(), self.usable(['teacher'])
-    self.stage('sft', lambda folder: self.student(folder, sources, same))
-    self.stage('distilled', lambda folder: self.student(folder, ['teacher']))
+    students = {row.policy for row in rows}
+    if 'sft' in students:
+      sources, same = ['base'], 0
+      if c.sft_examples == 'matched' and not self.dry_hint_url:
+        sources, same = self.more_base_games(), self.usable(['teacher'])
+      self.stage('sft', lambda folder: self.student(folder, sources, same))
+    if 'distilled' in students:
+      self.stage('distilled', lambda folder: self.student(folder, ['teacher']))
     for writer in sorted({row.writer for row in rows} - {''}):
       self.stage(f'hints-{writer}', lambda folder, w=writer: self.hints(folder, w))
     records, played = [], {}
@@ -325,7 +329,7 @@ def check(config) -> None:
     raise errors.UserError(f'sft_examples is own or matched, not {config.sft_examples!r}.')
   evaluation_rows.parse(config.evaluate)
   if config.next_after:
-    for stage in ('hints', 'sft', 'distilled'):
+    for stage in ('base', 'hints', 'distilled'):
       if not (pathlib.Path(config.next_after) / stage / 'done.json').is_file():
         raise errors.UserError(
           f'next_after={config.next_after} is no run whose stage {stage} is finished; give the '

@@ -1,86 +1,243 @@
-"""Files a run's summary as a committed result and writes README's table from it.
+"""Files runs as committed results and writes the tables that are made from them.
 
-  python -m experiments.results_table --workdir=runs/demo --machine='2 CPU cores'
-  python -m experiments.results_table            # only rewrites README.md
+  python -m experiments.results_table --workdir=runs/demo --name=demo --machine='2 CPU cores'
+  python -m experiments.results_table      # only writes the tables again
 
-No number of the README is copied by hand; a test compares the two.
+No number of README.md and of experiments/results/README.md is copied by hand: what stands between
+their markers is generated here, and a test compares the two.
 """
 
 import datetime
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from absl import flags
 
-from data import errors
+from data import errors, summary
 from data import workdir as workdir_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
-DEMO = RESULTS / 'hint_distillation_demo.json'
+_PREFIX = 'hint_distillation_'
 _BEGIN, _END = '<!-- results: begin -->', '<!-- results: end -->'
+_SEEDS = ('seed0', 'seed1', 'seed2')
+_DIFFERENCES = (
+  ('base+hints', 'base'), ('sft', 'base'), ('distilled', 'base'), ('distilled', 'sft'),
+  ('distilled', 'base+hints'), ('base+hints', 'base+random'), ('base+hints', 'base+fixed'),
+  ('sft+hints', 'sft'), ('distilled+hints', 'distilled'))
 
 
-def demo_table(record: dict) -> str:
-  """Rows and paired differences of one summary.json as Markdown."""
+def path_of(name: str) -> pathlib.Path:
+  """Where the result of that name is committed."""
+  return RESULTS / f'{_PREFIX}{name}.json'
+
+
+def load(name: str) -> dict[str, Any] | None:
+  """A committed result; None where there is none of that name."""
+  path = path_of(name)
+  return json.loads(path.read_text()) if path.is_file() else None
+
+
+def file_run(workdir: pathlib.Path, name: str, *, command: str, machine: str) -> pathlib.Path:
+  """Copies a finished run's summary to the results, with what measured it; returns the file.
+
+  Raises:
+    errors.UserError: the run is not finished.
+  """
+  path = workdir / 'summary.json'
+  if not path.is_file():
+    raise errors.UserError(f'{path} is not there; give --workdir of a finished run.')
+  record = json.loads(path.read_text())
+  record['measured'] = {
+    'command': command, 'machine': machine,
+    'date': datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()}
+  RESULTS.mkdir(exist_ok=True)
+  workdir_lib.write_json(path_of(name), record)
+  return path_of(name)
+
+
+# Tables of one result, and of several seeds.
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows of one summary.json as Markdown."""
   lines = [
     '| policy | success % (95 % interval) | steps | prompt tokens | computed tokens | generated |',
     '|---|---|---|---|---|---|']
-  for row in record['rows']:
+  for row in rows:
     low, high = row['success_ci95']
     lines.append(
       f'| {row["id"]} | {100 * row["success_rate"]:.1f} ({100 * low:.1f} to {100 * high:.1f}) | '
       f'{row["env_steps_mean"]:.1f} | {row["prompt_tokens_mean"]:.0f} | '
       f'{row["prefilled_tokens_mean"]:.0f} | {row["generated_tokens_mean"]:.0f} |')
-  lines.append('')
-  for pair in record['paired']:
-    low, high = (100 * x for x in pair['ci95'])
-    verdict = '' if low > 0 or high < 0 else ' (not significant)'
-    lines.append(f'- {pair["a"]} - {pair["b"]}: {100 * pair["difference"]:+.1f} points, '
-                 f'95 % interval {low:+.1f} to {high:+.1f}{verdict}')
-  minutes = sum(record['wall_s'].values()) / 60
-  measured = record['measured']
-  lines.append(
-    f'\nn = {record["rows"][0]["n"]} games, paired, greedy, seed {record["rows"][0]["seed"]}; '
-    f'{measured["machine"]}; {measured["date"]}; {minutes:.0f} minutes without installation; '
-    f'`{measured["command"]}`.')
   return '\n'.join(lines)
 
 
-def insert(readme: str, table: str) -> str:
-  """README's text with the table between its two markers."""
-  before, _, rest = readme.partition(_BEGIN)
+def pair_line(pair: Mapping[str, Any]) -> str:
+  """A difference with its interval, and what it is worth."""
+  low, high = (100 * x for x in pair['ci95'])
+  verdict = '' if low > 0 or high < 0 else ' (not significant)'
+  seeds = ''
+  if 'by_seed' in pair:
+    seeds = '; by seed ' + ', '.join(f'{100 * d:+.1f}' for d in pair['by_seed'])
+  return (f'- {pair["a"]} - {pair["b"]}: {100 * pair["difference"]:+.1f} points, '
+          f'95 % interval {low:+.1f} to {high:+.1f}{verdict}{seeds}')
+
+
+def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
+  """Games, seeds, machine, date, minutes and command of these results."""
+  rows = [record['rows'][0] for record in records]
+  measured = [record['measured'] for record in records]
+  minutes = [sum(record['wall_s'].values()) / 60 for record in records]
+  several = len(records) > 1
+
+  def joined(values: Sequence[str]) -> str:
+    return ', '.join(dict.fromkeys(values))
+
+  return (
+    f'n = {rows[0]["n"]} games{" a seed" if several else ""}, paired, greedy, '
+    f'seed{"s" if several else ""} {joined([str(row["seed"]) for row in rows])}; '
+    f'{joined([m["machine"] for m in measured])}; {joined([m["date"] for m in measured])}; '
+    f'{joined([f"{m:.0f}" for m in minutes])} minutes; '
+    f'{joined(["`" + m["command"] + "`" for m in measured])}.')
+
+
+def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
+  """One result as Markdown; `ids` are the rows that are shown, () for all."""
+  rows = [row for row in record['rows'] if not ids or row['id'] in ids]
+  shown = {row['id'] for row in rows}
+  pairs = [pair for pair in record['paired'] if {pair['a'], pair['b']} <= shown]
+  return '\n'.join(
+    [rows_table(rows), '', *map(pair_line, pairs), '', measured_line([record])])
+
+
+def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Rows and differences over several seeds of one experiment.
+
+  Args:
+    records: committed results with the same rows and numbers of games.
+
+  Returns:
+    {'rows', 'paired'}: a row's success rate is that of all games together, `by_seed` the rates of
+    the seeds; other columns are means of the seeds. Differences are paired by game; their interval
+    resamples the games of each seed. Three seeds are too few to resample the seeds themselves: how
+    far they lie apart is shown by `by_seed`.
+  """
+  ids = [row['id'] for row in records[0]['rows']
+         if all(row['id'] in record['won']['rows'] for record in records)]
+  won = {id_: [np.array(record['won']['rows'][id_]) for record in records] for id_ in ids}
+  rows = []
+  for id_ in ids:
+    own = [next(row for row in record['rows'] if row['id'] == id_) for record in records]
+    merged = {key: float(np.mean([row[key] for row in own]))
+              for key in own[0] if key.endswith('_mean')}
+    games = np.concatenate(won[id_])
+    rows.append({
+      'id': id_, 'n': len(games), 'success_rate': float(games.mean()),
+      'success_ci95': summary.wilson(int(games.sum()), len(games)),
+      'by_seed': [float(w.mean()) for w in won[id_]], **merged})
+  pairs = [
+    {'a': a, 'b': b, **summary.bootstrap([x - y for x, y in zip(won[a], won[b])])}
+    for a, b in _DIFFERENCES if a in won and b in won]
+  return {'rows': rows, 'paired': pairs}
+
+
+def seeds_table(records: Sequence[Mapping[str, Any]]) -> str:
+  """Several seeds of one experiment as Markdown."""
+  merged = merge(records)
+  lines = [
+    '| policy | success % (95 % interval) | by seed | steps | prompt tokens | computed tokens | '
+    'generated |', '|---|---|---|---|---|---|---|']
+  for row in merged['rows']:
+    low, high = row['success_ci95']
+    lines.append(
+      f'| {row["id"]} | {100 * row["success_rate"]:.1f} ({100 * low:.1f} to {100 * high:.1f}) | '
+      f'{", ".join(f"{100 * rate:.1f}" for rate in row["by_seed"])} | '
+      f'{row["env_steps_mean"]:.1f} | {row["prompt_tokens_mean"]:.0f} | '
+      f'{row["prefilled_tokens_mean"]:.0f} | {row["generated_tokens_mean"]:.0f} |')
+  return '\n'.join(
+    [*lines, '', *map(pair_line, merged['paired']), '', measured_line(records)])
+
+
+# The two pages.
+
+
+def readme_table() -> str:
+  """README's table: the seeds together, or the demo's run where not all are there."""
+  records = [load(name) for name in _SEEDS]
+  if all(records):
+    return seeds_table(records)
+  demo = load('demo')
+  if demo is None:
+    raise errors.UserError(
+      f'{path_of("demo")} is not there; file a run with --workdir and --name=demo first.')
+  return single(demo)
+
+
+def evidence() -> str:
+  """The tables of all named experiments that are there, as Markdown."""
+  parts = []
+
+  def section(title: str, text: str) -> None:
+    parts.append(f'### {title}\n\n{text}')
+
+  seeds = [record for record in map(load, _SEEDS) if record]
+  if seeds:
+    section('Policies and controls', seeds_table(seeds))
+  first = load('seed0')
+  if first:
+    ids = {row['id'] for row in first['rows']}
+    ks = [f'base+hints@{k}' for k in (1, 6, 9) if f'base+hints@{k}' in ids]
+    if ks:
+      section('Hints in the prompt: k (3 where none is written)',
+              single(first, ['base', ks[0], 'base+hints', *ks[1:]]))
+    if 'base+self-hints' in ids:
+      section('Writers: rules and the policy itself',
+              single(first, ['base', 'base+hints', 'base+self-hints']))
+  titles = {
+    'plain': 'Formats: plain', 'react': 'Formats: ReAct', 'stateact': 'Formats: StateAct',
+    'small': 'Another size: a decoder of 5 million parameters, trained from scratch',
+    'round2': 'A second round, from the first distilled student and its bank',
+    'alfworld': "ALFWorld's own games, valid_seen", 'demo': 'The demo: `make demo`'}
+  for name, title in titles.items():
+    record = load(name)
+    if record:
+      section(title, single(record))
+  return '\n\n'.join(parts)
+
+
+def insert(page: str, table: str) -> str:
+  """A page's text with the table between its two markers."""
+  before, _, rest = page.partition(_BEGIN)
   _, found, after = rest.partition(_END)
   if not found:
-    raise ValueError(f'README.md lacks {_BEGIN} ... {_END}.')
+    raise ValueError(f'The page lacks {_BEGIN} ... {_END}.')
   return f'{before}{_BEGIN}\n{table}\n{_END}{after}'
 
 
-def readme_text() -> str:
-  """README.md as it has to be for the committed results."""
-  record = json.loads(DEMO.read_text())
-  return insert((_ROOT / 'README.md').read_text(), demo_table(record))
+def pages() -> dict[pathlib.Path, str]:
+  """The pages as they have to be for the committed results."""
+  return {path: insert(path.read_text(), make()) for path, make in (
+    (_ROOT / 'README.md', readme_table), (RESULTS / 'README.md', evidence))}
 
 
 def main(_) -> None:
   if flags.FLAGS.workdir:
-    path = pathlib.Path(flags.FLAGS.workdir) / 'summary.json'
-    if not path.is_file():
-      raise errors.UserError(f'{path} is not there; give --workdir of a finished run.')
-    record = json.loads(path.read_text())
-    record['measured'] = {
-      'command': flags.FLAGS.command, 'machine': flags.FLAGS.machine,
-      'date': datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()}
-    RESULTS.mkdir(exist_ok=True)
-    workdir_lib.write_json(DEMO, record)
-  if not DEMO.is_file():
-    raise errors.UserError(f'{DEMO} is not there; file a run with --workdir first.')
-  (_ROOT / 'README.md').write_text(readme_text())
+    if not flags.FLAGS.name or not flags.FLAGS.machine:
+      raise errors.UserError('A run is filed under --name=NAME, with --machine="what it ran on".')
+    file_run(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.name, command=flags.FLAGS.command,
+             machine=flags.FLAGS.machine)
+  for path, text in pages().items():
+    path.write_text(text)
 
 
 if __name__ == '__main__':
   from configs import cli
   flags.DEFINE_string('workdir', '', 'Finished hint-distillation run to file.')
+  flags.DEFINE_string('name', '', 'Name of the result.')
   flags.DEFINE_string('command', 'make demo', 'The command that made it.')
   flags.DEFINE_string('machine', '', 'What it ran on.')
   cli.run(main, required=())

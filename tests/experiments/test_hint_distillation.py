@@ -11,9 +11,10 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 
-from data import trajectory
+from data import errors, trajectory
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _ROW_KEYS = {
@@ -133,6 +134,17 @@ def test_the_papers_setting_is_the_papers():
   assert (config.batch_rows, config.grad_accum, config.row_len, config.epochs) == (2, 4, 1024, 1)
 
 
+def test_a_setting_is_chosen_by_the_model_or_by_name(tmp_path):
+  from configs import hint_distillation
+  assert hint_distillation.get_config().setting == 'demo'
+  assert hint_distillation.get_config(f'model={tmp_path}').setting == 'demo'
+  assert hint_distillation.get_config('model=qwen25_0.5b').setting == 'paper'
+  small = hint_distillation.get_config('setting=alfworld,train_games=7')
+  assert (small.model, small.train_games, small.eval_split) == ('smollm2_135m', 7, 'valid_seen')
+  with pytest.raises(errors.UserError, match='no setting'):
+    hint_distillation.get_config('setting=x')
+
+
 def test_the_loop_survives_a_base_that_never_fails_or_never_wins(tmp_path, monkeypatch):
   from configs import hint_distillation as config_lib
   from experiments import hint_distillation
@@ -146,7 +158,74 @@ def test_the_loop_survives_a_base_that_never_fails_or_never_wins(tmp_path, monke
   assert record['trained'] == 0 and record['adapter'] == ''
 
 
+def test_sft_gets_as_many_examples_as_the_teacher_has(tmp_path, monkeypatch):
+  from configs import hint_distillation as config_lib
+  from experiments import hint_distillation
+  loop = hint_distillation.Loop(
+    config_lib.get_config('train_games=10,sft_examples=matched'), tmp_path)
+
+  def episodes(won, lost):
+    return [types.SimpleNamespace(success=i < won, invalid_actions=0, repeated_noops=0, tokens=[1],
+                                  kinds=np.array([trajectory.KIND['action']]))
+            for i in range(won + lost)]
+
+  played = {'base': episodes(4, 6), 'teacher': episodes(9, 1)}
+  asked = []
+
+  def rollout(folder, *, games, skip, **_):
+    asked.append((folder.name, games, skip))
+    # Fewer than its rate so far promises, so that a second helping is needed.
+    played[folder.name] = episodes(games // 4, games - games // 4)
+    return played[folder.name]
+
+  monkeypatch.setattr(loop, 'rollout', rollout)
+  monkeypatch.setattr(trajectory, 'load_episodes', lambda folder: played[pathlib.Path(folder).name])
+  sources = loop.more_base_games()
+  assert sources == ['base', *(name for name, _, _ in asked)] and len(asked) >= 2
+  assert loop.usable(sources) >= 9 > loop.usable(sources[:-1])
+  # No training game twice.
+  at = 10
+  for _, games, skip in asked:
+    assert skip == at
+    at += games
+
+
+def test_a_next_round_plays_other_games_from_the_student_on(tmp_path):
+  from configs import hint_distillation as config_lib
+  from experiments import hint_distillation
+  before = tmp_path / 'before'
+  for stage, record in (('base', {'skip': 5, 'episodes': 20, 'won': 2}),
+                        ('base_more_1', {'episodes': 7}), ('hints', {}),
+                        ('distilled', {'adapter': 'the/student'})):
+    (before / stage).mkdir(parents=True)
+    (before / stage / 'done.json').write_text(json.dumps(record))
+  config = config_lib.get_config(f'next_after={before},warm_episodes=0')
+  hint_distillation.check(config)
+  loop = hint_distillation.Loop(config, tmp_path / 'next')
+  assert (loop.start_adapter, loop.train_skip) == ('the/student', 32)
+
+
+def test_the_budget_grows_with_what_is_asked_for(smollm2_path):
+  from agents import policy
+  from configs import hint_distillation as config_lib
+  from experiments import budget, evaluation_rows
+  base = policy.load_base('smollm2_135m', 'random', shrink=True)
+  config = config_lib.get_config('shrink=true,base=random')
+
+  def parts(evaluate, config=config):
+    rows = evaluation_rows.parse(evaluate)
+    return {p['part']: p for p in budget.predict(config, base, rows)}
+
+  few, many = parts('base,sft'), parts('base,base+hints,sft,distilled')
+  assert many['students']['tokens'] == 2 * few['students']['tokens'] > 0
+  assert many['evaluation']['episodes'] == 4 * config.eval_games
+  assert 250 < many['warm start']['tokens'] / config.warm_episodes < 600
+  assert 'all' in budget.table(list(many.values()))
+
+
 @pytest.mark.parametrize('config, words', [
+  ('sft_examples=some', 'own or matched'), ('evaluate=sft', 'needs the row base'),
+  ('next_after=/nowhere', 'stage base is finished'),
   ('train_games=0', 'at least 1'), ('writer=none', 'no hint writer'),
   ('model=qwen25_7b', 'that variable is not set'),
   ('model=qwen25_7b,data=generated', 'OPENAI_API_KEY'),

@@ -1,23 +1,47 @@
-"""README's numbers are the committed results."""
+"""The pages' numbers are the committed results, and merging seeds is right."""
 
-import json
-
+import numpy as np
 import pytest
 
 from experiments import results_table
 
 
-def test_readme_shows_the_committed_results():
-  assert results_table.readme_text() == (results_table._ROOT / 'README.md').read_text()
+def test_the_pages_show_the_committed_results():
+  for path, text in results_table.pages().items():
+    assert text == path.read_text(), f'{path}: python -m experiments.results_table'
 
 
 def test_the_table_says_what_is_not_significant():
-  record = json.loads(results_table.DEMO.read_text())
-  record['paired'] = [{'a': 'x', 'b': 'y', 'difference': 0.1, 'ci95': [-0.1, 0.3], 'n': 9}]
-  assert 'x - y: +10.0 points, 95 % interval -10.0 to +30.0 (not significant)' in (
-    results_table.demo_table(record))
+  pair = {'a': 'x', 'b': 'y', 'difference': 0.1, 'ci95': [-0.1, 0.3], 'n': 9}
+  assert results_table.pair_line(pair) == (
+    '- x - y: +10.0 points, 95 % interval -10.0 to +30.0 (not significant)')
+  assert 'not significant' not in results_table.pair_line({**pair, 'ci95': [0.01, 0.3]})
 
 
-def test_a_readme_without_markers_is_refused():
+def test_a_page_without_markers_is_refused():
   with pytest.raises(ValueError, match='lacks'):
     results_table.insert('# Title', 'table')
+
+
+def _record(seed, base, distilled):
+  rows = [{'id': id_, 'n': len(won), 'seed': seed, 'env_steps_mean': 4.0 + seed,
+           'prompt_tokens_mean': 1.0, 'prefilled_tokens_mean': 1.0, 'generated_tokens_mean': 1.0}
+          for id_, won in (('base', base), ('distilled', distilled))]
+  return {'rows': rows, 'won': {'rows': {'base': base, 'distilled': distilled}},
+          'wall_s': {'a': 60.0}, 'measured': {'machine': 'm', 'date': 'd', 'command': f'c{seed}'}}
+
+
+def test_seeds_are_merged_game_by_game():
+  records = [_record(0, [0, 0, 1, 0], [1, 0, 1, 1]), _record(1, [1, 1, 0, 0], [1, 1, 1, 1])]
+  merged = results_table.merge(records)
+  base, distilled = merged['rows']
+  assert (base['success_rate'], base['by_seed'], base['n']) == (3 / 8, [0.25, 0.5], 8)
+  assert distilled['success_rate'] == 7 / 8 and distilled['env_steps_mean'] == 4.5
+  (pair,) = merged['paired']
+  assert (pair['a'], pair['b'], pair['difference']) == ('distilled', 'base', 0.5)
+  assert pair['by_seed'] == [0.5, 0.5]
+  # Each seed has two games of difference 1 and two of 0: the mean of eight draws of a fair coin.
+  draws = np.random.default_rng(1).binomial(8, 0.5, 200_000) / 8
+  np.testing.assert_allclose(pair['ci95'], np.percentile(draws, [2.5, 97.5]), atol=0.01)
+  table = results_table.seeds_table(records)
+  assert '| 37.5 (' in table and '25.0, 50.0' in table and '`c0`, `c1`' in table

@@ -1,0 +1,108 @@
+"""The experiments behind the claims, by name: each one a hint distillation, each one JSON.
+
+  python -m experiments.evidence --list
+  python -m experiments.evidence --run=seed0,seed1 --workdir=runs/evidence --machine='2 CPU cores'
+  python -m experiments.results_table              # merges all results into the tables
+
+An experiment has its folder in the workdir; a stopped one goes on, a finished one is filed as
+experiments/results/hint_distillation_NAME.json and not played again.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+from absl import flags
+
+from configs import cli
+from configs import hint_distillation as config_lib
+from data import errors
+from experiments import hint_distillation, results_table
+
+_MAIN = 'base,base+hints,sft,distilled'
+_CONTROLS = f'{_MAIN},sft+hints,distilled+hints,base+random,base+fixed'
+_SIZES = f'{_CONTROLS},base+hints@1,base+hints@6,base+hints@9,base+self-hints'
+# The formats are compared with one another: half of the demo's games, three epochs.
+_FORMAT = 'train_games=90,eval_games=60,epochs=3,evaluate=base,base+hints,distilled'
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A question and the config that answers it.
+
+  Attributes:
+    question: what it is about.
+    config: argument of configs/hint_distillation.py; {workdir} stands for the evidence's folder.
+    after: experiments whose folders it reads.
+  """
+
+  question: str
+  config: str
+  after: tuple[str, ...] = ()
+
+
+EXPERIMENTS = {
+  'seed0': Experiment(
+    'policies and controls, k in 1, 3, 6, 9, and the writers rules and self',
+    f'seed=0,sft_examples=matched,evaluate={_SIZES}'),
+  'seed1': Experiment(
+    'policies and controls', f'seed=1,sft_examples=matched,evaluate={_CONTROLS}'),
+  'seed2': Experiment(
+    'policies and controls', f'seed=2,sft_examples=matched,evaluate={_CONTROLS}'),
+  'round2': Experiment(
+    'a second round: the failures of the first student, 90 further games',
+    'seed=0,next_after={workdir}/seed0,warm_episodes=0,train_games=90,learning_rate=5e-4,'
+    'evaluate=base,base+hints,distilled', ('seed0',)),
+  'plain': Experiment('the plain format', f'agent=plain,{_FORMAT}'),
+  'react': Experiment(
+    'ReAct', 'agent=react,max_calls=28,max_new_tokens=0,max_context=1152,row_len=1024,' + _FORMAT),
+  'stateact': Experiment(
+    'StateAct', 'agent=stateact,max_new_tokens=0,max_context=1664,row_len=1536,' + _FORMAT),
+  'alfworld': Experiment(
+    "ALFWorld's own games: 60 of valid_seen, official rules, 50 steps",
+    'setting=alfworld,evaluate=' + _MAIN),
+}
+
+
+def run(name: str, workdir: pathlib.Path, machine: str) -> None:
+  """Runs one experiment, or what is left of it, and files its result.
+
+  Raises:
+    errors.UserError: it needs another experiment first, or data that is not there.
+  """
+  experiment = EXPERIMENTS[name]
+  for other in experiment.after:
+    if not (workdir / other / 'summary.json').is_file():
+      raise errors.UserError(
+        f'{name} goes on from {other}, which {workdir} does not hold finished; run {other} first.')
+  argument = experiment.config.format(workdir=workdir)
+  config = config_lib.get_config(argument)
+  config.data = os.path.expandvars(config.data)
+  print(f'== {name}: {experiment.question}', flush=True)
+  hint_distillation.check(config)
+  hint_distillation.Loop(config, workdir / name).run()
+  print(results_table.file_run(
+    workdir / name, name, command=f'python -m experiments.evidence --run={name}', machine=machine))
+
+
+def main(_) -> None:
+  if flags.FLAGS.list:
+    for name, experiment in EXPERIMENTS.items():
+      print(f'{name:<10} {experiment.question}')
+    return
+  names = [name for name in flags.FLAGS.run.split(',') if name]
+  if unknown := [name for name in names if name not in EXPERIMENTS]:
+    raise errors.UserError(
+      f'There is no experiment {", ".join(unknown)}; there are {", ".join(EXPERIMENTS)}.')
+  if not names or not flags.FLAGS.machine:
+    raise errors.UserError('Give --run=NAME,... and --machine="what it runs on", or --list.')
+  for name in names:
+    run(name, pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.machine)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_bool('list', False, 'Print the experiments and stop.')
+  flags.DEFINE_string('run', '', 'Experiments to run, comma separated.')
+  flags.DEFINE_string('workdir', 'runs/evidence', 'Folder of all experiments.')
+  flags.DEFINE_string('machine', '', 'What it runs on, for the record.')
+  cli.run(main, required=())
