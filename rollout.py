@@ -23,6 +23,7 @@ from agents import episode as episode_lib
 from agents import expert_episodes, runner
 from agents import memory as memory_lib
 from configs import cli
+from configs import rollout as config_lib
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
 from envs import base as envs_base
@@ -55,7 +56,22 @@ def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
       # As many games as are played; few-shot examples come from all of the training split.
       'num_train': 0 if config.few_shots else count, 'num_valid': count,
       **options}
-  return envs.get_suite(config.env, data=config.data, **options)
+    return envs.get_suite(config.env, data=config.data, **options)
+  # One's own: it gets of the general keys those that it takes.
+  taken = envs_base.option_names(envs_base.suite_maker(config.env))
+  if 'seed' in taken:
+    options = {'seed': config.env_seed, **options}
+  for key in ('skills', 'task_types'):
+    if config[key] != config_lib.DEFAULTS[key]:
+      raise errors.UserError(
+        f'{key}={config[key]} is for env=household; give {config.env} its options with '
+        'env_options=key:value.')
+  suite = envs.get_suite(config.env, data=config.data, **options)
+  if (config.agent == 'expert' or config.few_shots) and not hasattr(suite, 'expert'):
+    raise errors.UserError(
+      f'agent=expert and few_shots need a scripted expert, and {config.env} has none; give it a '
+      'method expert(task, known_rules).')
+  return suite
 
 
 def _option_value(text: str) -> Any:
@@ -179,7 +195,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
           suite, task, tokenizer, spec, labels, thoughts=config.expert_thoughts,
           memory=memories.get(task.id, memory_lib.NO_MEMORY),
           examples=examples.get(task.task_type, ()),
-          known_rules=suite.rules(task) if config.expert_knows_rules else ()),
+          known_rules=envs_base.rules_of(suite, task) if config.expert_knows_rules else ()),
         tasks, labels, workdir, after_episode=clock.save)
     else:
       episodes = runner.play(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from data.errors import UserError
 
 SUITES = ('household',)
+# What a broken environment may raise: it ends its own episode and not the run. Planners that were
+# programs call sys.exit.
+FAULTS = (Exception, SystemExit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +101,65 @@ class Suite(Protocol):
     """The environment of a task, not yet reset."""
 
   def expert(self, task: Task, known_rules: Sequence[Any] = (), **options) -> ScriptedExpert:
-    """A scripted expert for one episode of a task."""
+    """A scripted expert for one episode of a task; an own suite may go without it."""
+
+  def rules(self, task: Task) -> Sequence[Any]:
+    """All that `expert` can be told of a task; an own suite may go without it."""
+
+
+def rules_of(suite: Suite, task: Task) -> Sequence[Any]:
+  """What a suite's expert can be told of a task; nothing where the suite has no rules."""
+  return suite.rules(task) if hasattr(suite, 'rules') else ()
+
+
+def suite_maker(name: str) -> Callable[..., Suite]:
+  """What makes a suite: one of `SUITES`, or one's own as MODULE:NAME.
+
+  Args:
+    name: MODULE:NAME is a class or function in a module that Python can import from here.
+
+  Raises:
+    UserError: there is no such suite, module or name in it. What an import of one's own module
+      raises itself is left as it is: its traceback leads to the mistake.
+  """
+  module_name, colon, attribute = name.partition(':')
+  if name == 'household':
+    # Suites import this module, and an optional package is wanted only by those who use it.
+    from envs.household_suite import HouseholdSuite
+    return HouseholdSuite
+  if not colon or not module_name or not attribute:
+    raise UserError(
+      f'Unknown environment {name!r}; there is {", ".join(SUITES)}, or your own as MODULE:NAME.')
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    if error.name and (module_name + '.').startswith(error.name + '.'):
+      raise UserError(
+        f'The environment {name!r} cannot be loaded: there is no module {error.name}; start the '
+        'command in the folder above it, or put that folder on PYTHONPATH.') from None
+    raise
+  maker = getattr(module, attribute, None)
+  if not callable(maker):
+    known = [n for n, value in vars(module).items()
+             if callable(value) and getattr(value, '__module__', '') == module.__name__]
+    near = difflib.get_close_matches(attribute, known, 3) or known or ['nothing that can be called']
+    raise UserError(
+      f'The environment {name!r} cannot be loaded: module {module_name} has no class or function '
+      f'{attribute}; it has {", ".join(near)}.')
+  return maker
+
+
+def option_names(maker: Callable[..., Suite]) -> list[str]:
+  """The keywords that the maker of a suite takes."""
+  return [p.name for p in inspect.signature(maker).parameters.values()
+          if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def get_suite(name: str, data: str = 'generated', **options: Any) -> Suite:
   """Makes a suite.
 
   Args:
-    name: one of `SUITES`.
+    name: one of `SUITES`, or MODULE:NAME for one's own (`suite_maker`).
     data: folder with the environment's data, or 'generated'.
     **options: keywords of the suite's class.
 
@@ -112,16 +167,23 @@ def get_suite(name: str, data: str = 'generated', **options: Any) -> Suite:
     The suite; its tasks are generated or read when they are asked for.
 
   Raises:
-    UserError: an unknown suite or option (the sentence lists the near ones), or a bad value.
+    UserError: an unknown suite or option (the sentence lists the near ones), a bad value, or an
+      own suite that lacks a part of the protocol.
   """
-  if name not in SUITES:
-    raise UserError(f'Unknown environment {name!r}; there is {", ".join(SUITES)}.')
-  # Suites import this module, and an optional package is wanted only by those who use it.
-  from envs.household_suite import HouseholdSuite
-
-  known = list(inspect.signature(HouseholdSuite).parameters)[1:]
+  maker = suite_maker(name)
+  known = option_names(maker)
+  if 'data' in known:
+    options = {'data': data, **options}
+  elif data != 'generated':
+    raise UserError(f'{name} takes no data, and data is {data}; leave it out.')
   for key in options:
     if key not in known:
-      near = difflib.get_close_matches(key, known, 3) or known
+      near = difflib.get_close_matches(key, known, 3) or known or ['it takes none']
       raise UserError(f'Unknown option {key!r} of {name}; near: {", ".join(near)}.')
-  return HouseholdSuite(data, **options)
+  suite = maker(**options)
+  if missing := [part for part in ('name', 'splits', 'action_templates', 'tasks', 'make')
+                 if not hasattr(suite, part)]:
+    raise UserError(
+      f'{name} makes no suite: a {type(suite).__name__} has no {", ".join(missing)}; '
+      'envs/base.py says what a suite is.')
+  return suite

@@ -14,6 +14,7 @@ from agents import expert_episodes
 from agents import policy as policy_lib
 from agents.episode import Labels
 from configs import rollout as rollout_config
+from envs import base as envs_base
 from experiments import evaluation_rows
 from models import lora as lora_lib
 from models.registry import count_params
@@ -76,7 +77,8 @@ def predict(config: Any, base: policy_lib.Base,
 def _expert_tokens(config: Any, base: policy_lib.Base, *, known: bool) -> float:
   """Mean tokens of the expert's episodes on the first training games."""
   values = {key: config[key] for key in rollout_config.DEFAULTS if key in config}
-  values.update(skills=config.loop_skills, env_seed=config.seed, episodes=_GAMES)
+  values.update(skills=config.loop_skills, env_seed=config.seed, episodes=_GAMES,
+                agent='expert', expert_format=config.agent)
   rollout_values = rollout_config.make(values)
   suite = rollout.make_suite(rollout_values)
   spec = expert_episodes.expert_spec(rollout.make_spec(rollout_values))
@@ -85,7 +87,7 @@ def _expert_tokens(config: Any, base: policy_lib.Base, *, known: bool) -> float:
   return float(np.mean([
     len(expert_episodes.expert_episode(
       suite, task, base.tokenizer, spec, labels,
-      known_rules=suite.rules(task) if known else ()).tokens)
+      known_rules=envs_base.rules_of(suite, task) if known else ()).tokens)
     for task in tasks]))
 
 

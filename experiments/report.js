@@ -13,7 +13,6 @@
 
   const data = JSON.parse(document.getElementById('data').textContent);
   const byId = (id) => document.getElementById(id);
-  const css = (policy) => 'p-' + policy.replace(/[^A-Za-z0-9]/g, '-');
 
   function make(tag, className, text) {
     const element = document.createElement(tag);
@@ -27,20 +26,27 @@
   const won = (game, policy) => game.episodes[policy].won;
   const T = data.teacher;
   const S = data.student;
+  const B = data.base;
   const filters = [
     ['all games', () => true],
-    ['teacher and student part', (g) => g.parting !== null],
-    ['student solves, teacher does not', (g) => won(g, S) && !won(g, T)],
-    ['teacher solves, student does not', (g) => won(g, T) && !won(g, S)],
-    ['student solves, base does not', (g) => won(g, S) && !won(g, 0)],
-    ['base solves, student does not', (g) => won(g, 0) && !won(g, S)],
+    ['teacher and student part', (g) => g.parting !== null, T, S],
+    ['student solves, teacher does not', (g) => won(g, S) && !won(g, T), T, S],
+    ['teacher solves, student does not', (g) => won(g, T) && !won(g, S), T, S],
+    ['student solves, base does not', (g) => won(g, S) && !won(g, B), B, S],
+    ['base solves, student does not', (g) => won(g, B) && !won(g, S), B, S],
     ['solved by all', (g) => g.episodes.every((e) => e.won)],
     ['solved by none', (g) => g.episodes.every((e) => !e.won)],
-  ];
+  ].filter((filter) => filter.slice(2).every((policy) => policy >= 0));
   let listed = data.games.map((_, i) => i);
   let current = -1;
-  let tab = S;
-  let promptOpen = true;
+  let tab = Math.max(S, 0);
+  let step = -1;
+  // On a telephone the first step should be in sight, beside each other prompts are compared.
+  let promptOpen = window.innerWidth > 1000;
+  // Which policies stand side by side: all of four, else those of the method's story.
+  const story = [B, T, data.policies.indexOf('sft'), S].filter((p) => p >= 0);
+  const shown = new Set(
+    data.policies.length <= 4 || !story.length ? data.policies.keys() : story);
 
   const cells = data.games.map(function (game, index) {
     const cell = make('button');
@@ -50,7 +56,7 @@
     cell.title = game.instruction + ' Solved by: ' + (solvers.join(', ') || 'none') + '.';
     cell.setAttribute('aria-label', cell.title);
     data.policies.forEach(function (policy, p) {
-      cell.append(make('i', css(policy) + (won(game, p) ? ' won' : '')));
+      cell.append(make('i', data.looks[p] + (won(game, p) ? ' won' : '')));
     });
     cell.addEventListener('click', () => choose(index));
     return cell;
@@ -160,24 +166,31 @@
   function episodeView(game, policy) {
     const name = data.policies[policy];
     const episode = game.episodes[policy];
-    const view = make('article', 'episode ' + css(name) + (policy === tab ? ' chosen' : ''));
+    const view = make('article', 'episode ' + data.looks[policy]);
     view.dataset.policy = policy;
+    view.setAttribute('aria-label', name + ', ' + data.endings[episode.termination]);
     const head = make('h4');
     const role = policy === T ? ' (teacher)' : policy === S ? ' (student)' : '';
     head.append(make('span', 'name', name + role));
     head.append(make('span', 'tag' + (episode.won ? ' yes' : ''),
       data.endings[episode.termination]));
     const counts = episode.tokens.map((n) => n.toLocaleString('en'));
-    view.append(head, make('small', '', episode.env_steps + ' environment steps, '
+    const top = make('header');
+    top.append(head, make('small', '', episode.env_steps + ' environment steps, '
       + episode.calls + ' calls; tokens: ' + counts[0] + ' prompt, ' + counts[1] + ' computed, '
       + counts[2] + ' generated'));
-    if (episode.hints.length) view.append(retrievedView(episode));
-    if (episode.prompt) view.append(promptView(episode));
+    view.append(top);
+    const context = make('div', 'context');
+    if (episode.hints.length) context.append(retrievedView(episode));
+    if (episode.prompt) context.append(promptView(episode));
+    view.append(context);
     const steps = make('ol', 'steps');
     const side = policy === T ? 0 : policy === S ? 1 : -1;
     const mark = side >= 0 && game.parting ? game.parting[side] : undefined;
     episode.steps.forEach(function (step, i) {
       const item = stepView(step);
+      item.tabIndex = i === 0 ? 0 : -1;
+      item.addEventListener('focus', () => chooseStep(policy, i));
       if (i === mark) {
         item.classList.add('part');
         item.prepend(make('div', 'part-note', partText(game, policy)));
@@ -195,34 +208,100 @@
     return view;
   }
 
-  // Choosing a game and, on a narrow screen, a policy.
+  // Choosing policies: columns to compare, and on a narrow screen the one to read.
 
-  function chooseTab(policy) {
-    tab = policy;
-    [...byId('policy-tabs').children].forEach(function (button, p) {
-      button.setAttribute('aria-selected', String(p === policy));
-      button.tabIndex = p === policy ? 0 : -1;
-    });
+  function showPolicies() {
     document.querySelectorAll('.episode').forEach(function (view) {
-      view.classList.toggle('chosen', Number(view.dataset.policy) === policy);
+      const policy = Number(view.dataset.policy);
+      view.classList.toggle('chosen', policy === tab);
+      view.classList.toggle('compared', shown.has(policy));
     });
+    [...byId('policy-tabs').children].forEach(function (button, p) {
+      button.setAttribute('aria-selected', String(p === tab));
+      button.tabIndex = p === tab ? 0 : -1;
+    });
+    [...byId('policy-columns').children].forEach(function (button, p) {
+      button.setAttribute('aria-pressed', String(shown.has(p)));
+    });
+    byId('episodes').style.setProperty('--columns', Math.min(4, shown.size));
   }
 
   data.policies.forEach(function (policy, p) {
-    const button = make('button', css(policy), policy);
+    const button = make('button', data.looks[p], policy);
     button.type = 'button';
-    button.setAttribute('role', 'tab');
-    button.addEventListener('click', () => chooseTab(p));
-    byId('policy-tabs').append(button);
+    button.addEventListener('click', function () {
+      if (!shown.delete(p)) shown.add(p);
+      if (!shown.size) shown.add(p);
+      showPolicies();
+    });
+    byId('policy-columns').append(button);
+    const label = make('button', data.looks[p], policy);
+    label.type = 'button';
+    label.setAttribute('role', 'tab');
+    label.addEventListener('click', function () { tab = p; showPolicies(); });
+    byId('policy-tabs').append(label);
   });
   byId('policy-tabs').addEventListener('keydown', function (event) {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!move) return;
     const count = data.policies.length;
-    chooseTab((tab + move + count) % count);
+    tab = (tab + move + count) % count;
+    showPolicies();
     byId('policy-tabs').children[tab].focus();
     event.preventDefault();
+    event.stopPropagation();
   });
+
+  // Step by step: the chosen step of one episode, and the same step of the others beside it.
+
+  const stepsOf = (policy) => [...document.querySelectorAll(
+    '.episode[data-policy="' + policy + '"] .steps > li[tabindex]')];
+
+  function chooseStep(policy, index) {
+    step = index;
+    data.policies.forEach(function (_, p) {
+      stepsOf(p).forEach(function (item, i) {
+        item.classList.toggle('now', i === index);
+        if (p === policy) {
+          item.tabIndex = i === index ? 0 : -1;
+          if (i === index) item.setAttribute('aria-current', 'step');
+          else item.removeAttribute('aria-current');
+        } else {
+          item.removeAttribute('aria-current');
+        }
+      });
+    });
+  }
+
+  function goStep(policy, index) {
+    const items = stepsOf(policy);
+    const item = items[Math.max(0, Math.min(index, items.length - 1))];
+    if (item) item.focus({ preventScroll: true });
+    if (item) item.scrollIntoView({ block: 'nearest' });
+  }
+
+  byId('reader').addEventListener('keydown', function (event) {
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    if (event.target.closest('select, input, summary, .prompt')) return;
+    const game = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const move = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const view = event.target.closest('.episode');
+    if (game) {
+      const inMap = event.target.closest('#game-map');
+      const policy = view ? Number(view.dataset.policy) : -1;
+      if (!go(game)) return;
+      if (inMap) cells[current].focus();
+      else if (policy >= 0) goStep(policy, 0);
+    } else if (move && (view || event.target.closest('#game-map'))) {
+      const first = tabsInUse() ? tab : Math.min(...shown);
+      goStep(view ? Number(view.dataset.policy) : first, view ? step + move : 0);
+    } else {
+      return;
+    }
+    event.preventDefault();
+  });
+
+  const tabsInUse = () => getComputedStyle(byId('policy-tabs')).display !== 'none';
 
   function choose(index) {
     if (current >= 0) {
@@ -230,38 +309,49 @@
       cells[current].tabIndex = -1;
     }
     current = index;
+    step = -1;
     const game = data.games[index];
     cells[index].setAttribute('aria-current', 'true');
     cells[index].tabIndex = 0;
     byId('game-choice').value = index;
-    const parts = game.parting === null
-      ? 'Teacher and student send the same commands to the end.'
-      : 'Teacher and student part: the place is marked in both.';
-    byId('game-head').replaceChildren(
-      make('h3', '', game.instruction), make('small', '', game.task + ' · ' + parts));
+    const head = make('small', '', game.task);
+    byId('game-head').replaceChildren(make('h3', '', game.instruction), head);
+    if (game.parting === null && T >= 0 && S >= 0) {
+      head.append(' · Teacher and student send the same commands to the end.');
+    } else if (game.parting !== null) {
+      const jump = make('button', 'jump', 'Show where teacher and student part');
+      jump.type = 'button';
+      jump.addEventListener('click', showParting);
+      byId('game-head').append(jump);
+    }
     byId('episodes').replaceChildren(...data.policies.map((_, p) => episodeView(game, p)));
+    showPolicies();
     const place = listed.indexOf(index);
     byId('game-before').disabled = place <= 0;
     byId('game-next').disabled = place < 0 || place === listed.length - 1;
   }
 
+  function showParting() {
+    const sides = data.games[current].parting;
+    // Of the two, the one that goes on is the one to see; both, where both do.
+    const side = sides[1] === null ? 0 : 1;
+    shown.add(T).add(S);
+    tab = side === 0 ? T : S;
+    showPolicies();
+    goStep(tab, sides[side]);
+    stepsOf(tab)[sides[side]].scrollIntoView({ block: 'center' });
+  }
+
   function go(by) {
     const next = listed[listed.indexOf(current) + by];
     if (next !== undefined) choose(next);
+    return next !== undefined;
   }
 
   byId('game-filter').addEventListener('change', applyFilter);
   byId('game-choice').addEventListener('change', (event) => choose(Number(event.target.value)));
   byId('game-before').addEventListener('click', () => go(-1));
   byId('game-next').addEventListener('click', () => go(1));
-  byId('game-map').addEventListener('keydown', function (event) {
-    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!move) return;
-    go(move);
-    cells[current].focus();
-    event.preventDefault();
-  });
-
   byId('hint-filter').addEventListener('input', function (event) {
     const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
     document.querySelectorAll('.hints > li').forEach(function (item) {
@@ -271,10 +361,10 @@
   });
 
   // The first game to see is one that tells the story: the student learnt what base cannot do.
-  const telling = [(g) => won(g, S) && !won(g, 0) && g.parting, (g) => g.parting, () => true]
+  const telling = [
+    (g) => S >= 0 && B >= 0 && won(g, S) && !won(g, B) && g.parting, (g) => g.parting, () => true]
     .map((test) => data.games.findIndex(test)).find((i) => i >= 0);
   applyFilter();
   choose(telling);
-  chooseTab(S);
   document.documentElement.dataset.ready = '1';
 })();

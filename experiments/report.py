@@ -3,8 +3,9 @@
   python -m experiments.report --workdir=runs/demo     # writes runs/demo/report.html
 
 The page is one file without any address in it: it can be mailed, archived and opened offline.
-Under the table and the charts it has an episode reader, in which the four policies are read side by
-side on the same game, and the place where teacher and student part is marked.
+Its rows are those of the run's summary.json, whatever policies and controls they are. Under the
+table and the charts it has an episode reader, in which the policies are read side by side on the
+same game, and the place where teacher and student part is marked.
 """
 
 import collections
@@ -24,14 +25,13 @@ from data import tokenizer as tokenizer_lib
 from experiments import report_page
 from retrieval import hints as hints_lib
 
-POLICIES = ('base', 'base+hints', 'sft', 'distilled')
-TEACHER, STUDENT = 'base+hints', 'distilled'
+TEACHER, STUDENT = 'base+hints', 'distilled'  # The rows whose episodes are held side by side.
 TRAININGS = ('warm_start', 'sft', 'distilled')
 COLLECTIONS = ('base', 'teacher')
 NAME = 'report.html'
 _ROW_KEYS = {
   'id', 'n', 'success_rate', 'success_ci95', 'env_steps_mean', 'model_calls_mean',
-  'prompt_tokens_mean', 'prefilled_tokens_mean', 'generated_tokens_mean'}
+  'prompt_tokens_mean', 'prefilled_tokens_mean', 'generated_tokens_mean', 'policy', 'memory'}
 
 _MEND = 'start python -m experiments.hint_distillation with this --workdir to finish it'
 
@@ -73,11 +73,14 @@ def load_summary(workdir: pathlib.Path) -> dict[str, Any]:
   if not path.exists():
     raise errors.UserError(f'{workdir} is no finished run (it has no summary.json); {_MEND}.')
   record = _read_json(path)
-  ids = [r.get('id') for r in record.get('rows', [])] if isinstance(record, dict) else []
-  if sorted(map(str, ids)) != sorted(POLICIES):
+  rows = record.get('rows') if isinstance(record, dict) else None
+  ids = [row.get('id') for row in rows or [] if isinstance(row, dict)]
+  if not ids or not (workdir / 'evaluation').is_dir():
     raise errors.UserError(
-      f'{path} is not of a hint distillation: its rows are {", ".join(map(str, ids)) or "none"}, '
-      f'not {", ".join(POLICIES)}; give the --workdir of experiments.hint_distillation.')
+      f'{path} is not of a hint distillation (it has no rows, or there is no evaluation folder '
+      'beside it); give the --workdir of experiments.hint_distillation.')
+  if len(set(ids)) < len(rows):
+    raise errors.UserError(f'{path}: two rows have one id, or a row has none; {_MEND}.')
   for row in record['rows']:
     if missing := sorted(_ROW_KEYS - row.keys()):
       raise errors.UserError(f'{path}: the row {row["id"]} lacks {", ".join(missing)}; {_MEND}.')
@@ -95,18 +98,19 @@ def load_evaluations(
     errors.UserError: episodes are missing, or the policies did not play the same games.
   """
   played, counts = {}, {row['id']: row.get('n') for row in summary['rows']}
-  for policy in POLICIES:
+  for policy in counts:
     episodes = trajectory.load_episodes(workdir / 'evaluation' / policy)
     if len(episodes) != counts[policy]:
       raise errors.UserError(
         f'{workdir / "evaluation" / policy} holds {len(episodes)} episodes and summary.json '
         f'counts {counts[policy]}; {_MEND}.')
     played[policy] = {e.task_id: e for e in episodes}
-  tasks = sorted(played[POLICIES[0]])
-  for policy in POLICIES:
+  first = next(iter(played))
+  tasks = sorted(played[first])
+  for policy in played:
     if sorted(played[policy]) != tasks:
       raise errors.UserError(
-        f'{workdir}: {policy} and {POLICIES[0]} were not evaluated on the same games; {_MEND}.')
+        f'{workdir}: {policy} and {first} were not evaluated on the same games; {_MEND}.')
     played[policy] = {task: played[policy][task] for task in tasks}
   return played
 
@@ -217,10 +221,11 @@ def reader_data(
   """Everything that the episode reader needs, of JSON's types."""
   texts = Texts()
   places = {hint.id: i for i, hint in enumerate(bank.hints)}
-  games = []
-  for task, first in played[POLICIES[0]].items():
-    episodes = [played[policy][task] for policy in POLICIES]
-    parts = parting(played[TEACHER][task], played[STUDENT][task])
+  policies, games = list(played), []
+  both = {TEACHER, STUDENT} <= played.keys()
+  for task, first in played[policies[0]].items():
+    episodes = [played[policy][task] for policy in policies]
+    parts = parting(played[TEACHER][task], played[STUDENT][task]) if both else None
     games.append({
       'task': task,
       'type': first.task_type,
@@ -228,12 +233,17 @@ def reader_data(
       'parting': None if parts is None else list(parts),
       'episodes': [episode_record(e, places, tokenizer, texts) for e in episodes],
     })
-  # Games of one outcome lie together, so that the map shows how large each group is.
-  games.sort(key=lambda game: [not e['won'] for e in reversed(game['episodes'])])
+  # Games of one outcome lie together, so that the map shows how large each group is; the student's
+  # outcome makes the largest groups, then the teacher's.
+  weight = sorted(range(len(policies)), key=lambda i: (
+    policies[i] != STUDENT, policies[i] != TEACHER, -i))
+  games.sort(key=lambda game: [not game['episodes'][i]['won'] for i in weight])
+  place = lambda policy: policies.index(policy) if policy in played else -1
   return {
-    'policies': list(POLICIES),
-    'teacher': POLICIES.index(TEACHER),
-    'student': POLICIES.index(STUDENT),
+    'policies': policies,
+    'teacher': place(TEACHER),
+    'student': place(STUDENT),
+    'base': place('base'),
     'texts': texts.all,
     'games': games,
   }
@@ -294,11 +304,13 @@ def gather(workdir: pathlib.Path) -> dict[str, Any]:
   played = load_evaluations(workdir, summary)
   bank = hints_lib.HintBank.load(workdir / 'hints' / 'bank.json')
   tokenizer, problem = _tokenizer(config)
-  evaluations = {policy: list(played[policy].values()) for policy in POLICIES}
-  if tokenizer and evaluations['base'][0].tokenizer != tokenizer.fingerprint:
+  evaluations = {policy: list(played[policy].values()) for policy in played}
+  if tokenizer and next(iter(evaluations.values()))[0].tokenizer != tokenizer.fingerprint:
     problem = 'the tokenizer found is not the one that the episodes were played with'
   collected = {name: trajectory.load_episodes(workdir / name) for name in COLLECTIONS}
-  wins = {policy: [e.success for e in evaluations[policy]] for policy in POLICIES}
+  # A later round starts from the round before and has no warm start of its own.
+  warm = config.get('warm_episodes', 1) and not config.get('next_after')
+  wins = {policy: [e.success for e in evaluations[policy]] for policy in played}
   paired = [
     {**pair, 'only_a': sum(x and not y for x, y in zip(wins[pair['a']], wins[pair['b']])),
      'only_b': sum(y and not x for x, y in zip(wins[pair['a']], wins[pair['b']]))}
@@ -306,18 +318,17 @@ def gather(workdir: pathlib.Path) -> dict[str, Any]:
   return {
     'summary': {**summary, 'paired': paired},
     'config': config,
-    'tokens': {policy: token_means(evaluations[policy]) for policy in POLICIES},
-    'solved': {policy: solved_by_call(evaluations[policy]) for policy in POLICIES},
+    'tokens': {policy: token_means(evaluations[policy]) for policy in played},
+    'solved': {policy: solved_by_call(evaluations[policy]) for policy in played},
     'trainings': {
-      name: _read_metrics(workdir / name) for name in TRAININGS
-      if name != 'warm_start' or config.get('warm_episodes', 1)},
+      name: _read_metrics(workdir / name) for name in TRAININGS if warm or name != 'warm_start'},
     'terminations': [
       *((f'evaluation: {policy}', policy, collections.Counter(
-        e.termination for e in evaluations[policy])) for policy in POLICIES),
-      *((f'training houses: {name}', 'base+hints' if name == 'teacher' else name,
+        e.termination for e in evaluations[policy])) for policy in played),
+      *((f'training houses: {name}', TEACHER if name == 'teacher' else name,
          collections.Counter(e.termination for e in collected[name])) for name in COLLECTIONS)],
     'bank': bank,
-    'uses': hint_uses(collected['teacher'] + evaluations[TEACHER]),
+    'uses': hint_uses(collected['teacher'] + evaluations.get(TEACHER, [])),
     'reader': reader_data(played, bank, tokenizer),
     'prompt_problem': problem,
   }

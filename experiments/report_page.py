@@ -31,6 +31,10 @@ _POLICY_NOTES = {
   'sft': 'student of base',
   'distilled': 'student of the teacher',
 }
+_MEMORY_NOTES = {
+  'hints': 'with retrieved hints', 'random': 'control: random hints',
+  'fixed': 'control: fixed hints',
+}
 ENDINGS = {
   'success': 'solved',
   'failure': 'the game was lost',
@@ -86,32 +90,55 @@ def significant(pair: dict[str, Any]) -> bool:
   return low > 0 or high < 0
 
 
-def _cell(label: str, content: str, css: str = 'number') -> str:
-  """A table cell that knows its column's title, which a narrow screen shows beside it."""
-  return f'<td class="{css}" data-label="{escape(label)}">{content}</td>'
+def _cell(content: str, css: str = 'number') -> str:
+  return f'<td class="{css}">{content}</td>'
 
 
-def _policy(name: str) -> str:
-  return f'{charts.swatch(name)}<b>{escape(name)}</b>'
+def _policy(name: str, looks: charts.Looks) -> str:
+  return f'<span class="policy">{looks.swatch(name)}<b>{escape(name)}</b></span>'
+
+
+def policy_note(name: str) -> str:
+  """What a row of the evaluation is, in some words: POLICY, POLICY+MEMORY or POLICY+MEMORY@K."""
+  if name in _POLICY_NOTES:
+    return _POLICY_NOTES[name]
+  memory, _, k = name.partition('+')[2].partition('@')
+  note = _MEMORY_NOTES.get(memory, f'with {memory}' if memory else '')
+  if memory.endswith('-hints'):
+    note = f'hints of the writer {memory.removesuffix("-hints")}'
+  return f'{note}, k = {k}' if k else note
+
+
+def scrolling(table: str, label: str) -> str:
+  """A table that is wider than a telephone scrolls in a box of its own, by keys too."""
+  return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+          f'{table}</div>')
 
 
 def lead(run: dict[str, Any]) -> str:
   """The result in sentences, made from the numbers and their intervals only."""
   rows = {row['id']: row for row in run['summary']['rows']}
   pairs = {(p['a'], p['b']): p for p in run['summary']['paired']}
-  student, teacher, base = rows['distilled'], rows['base+hints'], rows['base']
-  text = (
+  student = rows.get('distilled')
+  if student is None:
+    best = max(rows.values(), key=lambda row: row['success_rate'])
+    return (f'<p class="lead">Of {best["n"]} unseen games {escape(best["id"])} solves the most, '
+            f'<b>{_percent(best["success_rate"])} %</b>.</p>')
+  others = [
+    f'{name} {_percent(rows[key]["success_rate"])} %'
+    for key, name in (('base+hints', 'its teacher, hints in the prompt,'),
+                      ('base', 'the base policy'), ('sft', 'the student of base')) if key in rows]
+  text = '; '.join([
     f'Without any hint in its prompt the distilled student solves '
-    f'<b>{_percent(student["success_rate"])} %</b> of {student["n"]} unseen games; its teacher, '
-    f'hints in the prompt, {_percent(teacher["success_rate"])} %; the base policy '
-    f'{_percent(base["success_rate"])} %.')
+    f'<b>{_percent(student["success_rate"])} %</b> of {student["n"]} unseen games', *others]) + '.'
   for other, name in (('base', 'the base policy'), ('base+hints', 'its teacher')):
     pair = pairs.get(('distilled', other))
     if pair:
       verdict = 'significant' if significant(pair) else 'not significant'
       text += (f' Against {name} that is {_points(pair["difference"])} points '
                f'(95 % interval {_range(pair["ci95"], True)}), {verdict}.')
-  ours, theirs = (run['tokens'][name]['billed'][0] for name in ('distilled', 'base+hints'))
+  ours, theirs = (
+    run['tokens'].get(name, {'billed': [0]})['billed'][0] for name in ('distilled', 'base+hints'))
   if theirs > 0:
     share = 100 * (ours / theirs - 1)
     text += (f' An episode of the student takes {ours:,.0f} tokens, {abs(share):.0f} % '
@@ -120,24 +147,22 @@ def lead(run: dict[str, Any]) -> str:
 
 
 def results(run: dict[str, Any]) -> str:
-  """The table of the four policies and the table of paired differences."""
-  body = []
+  """The table of the policies and the table of paired differences."""
+  looks, body = run['looks'], []
   for row in run['summary']['rows']:
     low, high = row['success_ci95']
     memory = row.get('memory_tokens_mean')
     cells = [
-      f'<th scope="row">{_policy(row["id"])}<small>{_POLICY_NOTES[row["id"]]}</small></th>',
-      _cell('solved, 95 % interval',
-            f'{charts.interval(low, row["success_rate"], high, row["id"])}'
+      f'<th scope="row">{_policy(row["id"], looks)}<small>{escape(policy_note(row["id"]))}</small>'
+      '</th>',
+      _cell(f'{charts.interval(low, row["success_rate"], high, row["id"], looks)}'
             f'<span><b>{_percent(row["success_rate"])} %</b> '
             f'<small>{_range(row["success_ci95"])}</small></span>', 'number wide')]
-    for label, value, digits in (
-        ('env steps', row['env_steps_mean'], 1), ('model calls', row['model_calls_mean'], 1),
-        ('prompt tokens', row['prompt_tokens_mean'], 0), ('hint tokens', memory, 0),
-        ('computed tokens', row['prefilled_tokens_mean'], 0),
-        ('generated', row['generated_tokens_mean'], 0),
-        ('invalid actions', row.get('invalid_actions_mean'), 1)):
-      cells.append(_cell(label, '–' if value is None else f'{value:,.{digits}f}'))
+    for value, digits in (
+        (row['env_steps_mean'], 1), (row['model_calls_mean'], 1), (row['prompt_tokens_mean'], 0),
+        (memory, 0), (row['prefilled_tokens_mean'], 0), (row['generated_tokens_mean'], 0),
+        (row.get('invalid_actions_mean'), 1)):
+      cells.append(_cell('–' if value is None else f'{value:,.{digits}f}'))
     body.append(f'<tr>{"".join(cells)}</tr>')
   titles = ('policy', 'solved, 95 % interval', 'env steps', 'model calls', 'prompt tokens',
             'hint tokens', 'computed tokens', 'generated', 'invalid actions')
@@ -148,31 +173,31 @@ def results(run: dict[str, Any]) -> str:
     verdict = ('<span class="tag yes">significant</span>' if significant(pair)
                else '<span class="tag">not significant</span>')
     pairs.append(
-      f'<tr><th scope="row">{_policy(pair["a"])} <i>minus</i> {_policy(pair["b"])}</th>'
-      + _cell('points, 95 % interval',
-              f'{charts.interval(low, pair["difference"], high, pair["a"], reach)}'
+      f'<tr><th scope="row"><span class="term">{_policy(pair["a"], looks)}</span> '
+      f'<span class="term"><i>−</i>{_policy(pair["b"], looks)}</span></th>'
+      + _cell(f'{charts.interval(low, pair["difference"], high, pair["a"], looks, reach)}'
               f'<span><b>{_points(pair["difference"])}</b> <small>{_range(pair["ci95"], True)}'
               '</small></span>', 'number wide')
-      + _cell('verdict', verdict, 'text')
-      + _cell('solved by the first only', f'{pair["only_a"]}')
-      + _cell('by the second only', f'{pair["only_b"]}') + '</tr>')
+      + _cell(verdict, 'text')
+      + _cell(f'{pair["only_a"]}')
+      + _cell(f'{pair["only_b"]}') + '</tr>')
   return (
     '<section id="results"><h2>Results</h2>'
-    f'{_table(titles, body)}'
+    f'{_table("Results", titles, body)}'
     '<p class="note">Means per episode. <i>Prompt tokens</i> count the whole prompt of every call, '
     'what an API would bill; <i>computed tokens</i> are those that the engine really processed, '
     'for it keeps a conversation&#39;s KV cache. Intervals of success are Wilson&#39;s.</p>'
     '<h3>Paired differences on the same games</h3>'
-    + _table(('difference', 'points, 95 % interval', 'verdict', 'solved by the first only',
-              'by the second only'), pairs)
+    + _table('Paired differences', ('difference', 'points, 95 % interval', 'verdict',
+                                    'solved by the first only', 'by the second only'), pairs)
     + '<p class="note">In points of success rate; bootstrap over games. A difference is called '
     'significant where its interval leaves zero out.</p></section>')
 
 
-def _table(titles: Sequence[str], rows: Sequence[str], css: str = '') -> str:
-  head = ''.join(f'<th scope="col">{escape(t)}</th>' for t in titles)
-  return (f'<table class="cards {css}"><thead><tr>{head}</tr></thead>'
-          f'<tbody>{"".join(rows)}</tbody></table>')
+def _table(label: str, titles: Sequence[str], rows: Sequence[str]) -> str:
+  head = ''.join(f'<th scope="col">{t}</th>' for t in titles)
+  return scrolling(
+    f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>', label)
 
 
 def _figure(svg: str, caption: str) -> str:
@@ -184,7 +209,8 @@ def cost(run: dict[str, Any]) -> str:
   rows, tokens = run['summary']['rows'], run['tokens']
   billed, computed = (
     charts.success_against_tokens(
-      rows, {name: t[key] for name, t in tokens.items()}, f'{key} tokens per episode')
+      rows, {name: t[key] for name, t in tokens.items()}, f'{key} tokens per episode',
+      run['looks'])
     for key in ('billed', 'computed'))
   return (
     '<section id="cost"><h2>Success against cost</h2><div class="figures">'
@@ -192,15 +218,17 @@ def cost(run: dict[str, Any]) -> str:
                       'call. Bars are 95 % intervals, in both directions.')
     + _figure(computed, 'The same with the KV cache kept: tokens that were really processed, and '
                         'those generated.')
-    + _figure(charts.solved_by_call(run['solved']), 'How fast: games solved within a number of '
-                                                    'model calls.')
+    + _figure(charts.solved_by_call(run['solved'], run['looks']),
+              'How fast: games solved within a number of model calls.')
     + '</div></section>')
 
 
 def training(run: dict[str, Any]) -> str:
   """One learning curve per training."""
-  colours = {'warm_start': 'p-warm', 'sft': 'p-sft', 'distilled': 'p-distilled'}
   figures, smoothed = [], False
+  # The students have one scale, so that their losses can be compared.
+  students = [r['loss'] for name, records in run['trainings'].items() if name != 'warm_start'
+              for r in records if math.isfinite(r['loss'])]
   for name, records in run['trainings'].items():
     title = _TRAINING_TITLES[name]
     if not records:
@@ -208,10 +236,14 @@ def training(run: dict[str, Any]) -> str:
       continue
     smoothed |= len(records) >= charts.SMOOTH_FROM
     figures.append(_figure(
-      charts.learning_curve(records, colours[name], f'Learning curve of {name}'),
+      charts.learning_curve(
+        records, run['looks'].css(name), f'Learning curve of {name}',
+        max(students, default=None) if name != 'warm_start' else None),
       f'<b>{title}</b><br>{records[-1]["step"]} steps, last loss {records[-1]["loss"]:.3f}'))
-  note = ('<p class="note">Strong lines are running means, the pale ones single records.</p>'
-          if smoothed else '')
+  note = ('<p class="note">Loss and accuracy are of the tokens that are trained on. Both students '
+          'have one scale'
+          + ('; strong lines are running means, the pale ones single records' if smoothed else '')
+          + '.</p>')
   return (f'<section id="training"><h2>Learning curves</h2><div class="figures">'
           f'{"".join(figures)}</div>{note}</section>')
 
@@ -224,18 +256,16 @@ def terminations(run: dict[str, Any]) -> str:
   for label, policy, counts in groups:
     kind, _, name = label.partition(': ')
     cells = ''.join(
-      _cell(ENDINGS[t], f'<span><span class="key t-{t}"></span>{counts.get(t, 0)}</span>')
-      for t in order)
+      _cell(f'{counts.get(t, 0)}') for t in order)
     rows.append(
-      f'<tr><th scope="row">{charts.swatch(policy)}<b>{escape(name)}</b>'
+      f'<tr><th scope="row"><span class="policy">{run["looks"].swatch(policy)}'
+      f'<b>{escape(name)}</b></span>'
       f'<small>{escape(kind)}</small></th>'
-      f'<td class="wide" data-label="">{charts.shares(counts, order)}</td>{cells}</tr>')
-  head = ''.join(
-    f'<th scope="col"><span class="key t-{t}"></span>{ENDINGS[t]}</th>' for t in order)
-  return (
-    '<section id="endings"><h2>How episodes ended</h2><table class="cards"><thead><tr>'
-    f'<th scope="col">episodes of</th><th scope="col">share</th>{head}</tr></thead>'
-    f'<tbody>{"".join(rows)}</tbody></table></section>')
+      f'<td class="wide">{charts.shares(counts, order)}</td>{cells}</tr>')
+  keys = (f'<span class="key t-{t}"></span>{ENDINGS[t]}' for t in order)
+  titles = ('episodes of', 'share', *keys)
+  return ('<section id="endings"><h2>How episodes ended</h2>'
+          f'{_table("How episodes ended", titles, rows)}</section>')
 
 
 def _hint(number: int, hint: hints_lib.Hint, uses: dict[str, list[int]], most: int) -> str:
@@ -299,19 +329,25 @@ def bank(run: dict[str, Any]) -> str:
 def reader(run: dict[str, Any]) -> str:
   """The frame of the episode reader, which report.js fills."""
   problem = run['prompt_problem']
+  legend = ' '.join(
+    f'<span>{run["looks"].swatch(name)}{escape(name)}</span>' for name in run['reader']['policies'])
   note = (f'<p class="note">Prompts are not shown: {escape(problem.rstrip("."))}.</p>'
           if problem else '')
   return (
     '<section id="reader"><h2>Episodes</h2><p class="note">One column is one game, one square one '
-    'policy, filled where it solved the game. Choose a game to read what the four policies did on '
-    'it; left and right arrow keys go on.</p>'
+    'policy, filled where it solved the game. Choose a game to read what the policies did on it. '
+    '<span class="keys">Keys: <kbd>←</kbd> <kbd>→</kbd> another game, <kbd>↑</kbd> <kbd>↓</kbd> '
+    'step by step, <kbd>Tab</kbd> to the next column.</span></p>'
     f'{note}<noscript><p class="note">The episode reader needs JavaScript.</p></noscript>'
     '<div class="reader-bar"><label>Show <select id="game-filter"></select></label>'
     '<label class="grow">Game <select id="game-choice"></select></label>'
     '<span class="buttons"><button id="game-before" type="button">previous</button>'
     '<button id="game-next" type="button">next</button></span></div>'
+    f'<p class="map-legend">from top to bottom: {legend}</p>'
     '<div id="game-map" role="group" aria-label="All games"></div>'
-    '<div id="game-head"></div><div id="policy-tabs" role="tablist"></div>'
+    '<div id="game-head"></div>'
+    '<div id="policy-columns" role="group" aria-label="Policies side by side"></div>'
+    '<div id="policy-tabs" role="tablist" aria-label="Policies"></div>'
     '<div id="episodes"></div></section>')
 
 
@@ -346,6 +382,8 @@ def render(run: dict[str, Any]) -> str:
   policy = (f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
             "img-src data:; base-uri 'none'; form-action 'none'")
   config, first = run['config'], run['summary']['rows'][0]
+  looks = charts.Looks([row['id'] for row in run['summary']['rows']])
+  run = {**run, 'looks': looks}
   facts = [config.get('model'), config.get('env'), f'agent {config.get("agent")}',
            f'{first["n"]} games of {first.get("split")}', f'k = {config.get("k")} hints',
            f'seed {first.get("seed")}']
@@ -358,7 +396,9 @@ def render(run: dict[str, Any]) -> str:
       ('endings', 'Endings'), ('bank', 'Hints'), ('reader', 'Episodes'), ('about', 'The run')))
   body = ''.join(part(run) for part in (
     results, cost, training, terminations, bank, reader, about))
-  record = embedded_json({**run['reader'], 'endings': ENDINGS})
+  record = embedded_json({
+    **run['reader'], 'endings': ENDINGS,
+    'looks': [looks.css(policy) for policy in run['reader']['policies']]})
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
