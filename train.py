@@ -11,6 +11,7 @@ import math
 import pathlib
 import sys
 import time
+from typing import Any
 
 from absl import flags
 
@@ -20,7 +21,7 @@ from data import workdir as workdir_lib
 from training import dataset
 
 # Keys that may differ when a run is continued: they change how it is watched, not what is learnt.
-_FREE_KEYS = ('checkpoint_every', 'log_every')
+FREE_KEYS = ('checkpoint_every', 'log_every')
 
 
 def load_data(config) -> tuple[list, dict[str, int], set[str]]:
@@ -98,64 +99,38 @@ def make_model(config, base, mesh):
   return decoder.from_params(base.config, {**params, **adapter}, lora, seed=config.seed, mesh=mesh)
 
 
-def run(config, workdir: str | pathlib.Path, base=None) -> dict:
-  """Trains, or goes on, or does nothing where the run is finished; returns summary.json's content.
-
-  Args:
-    config: as configs/train.py makes it.
-    workdir: the run's folder.
-    base: an `agents.policy.Base` that is loaded already; None loads what the config names.
-  """
-  started = time.perf_counter()
-  workdir = pathlib.Path(workdir)
+def check(config) -> None:
+  """Raises a UserError for numbers with which `fit` cannot train."""
   if config.batch_rows < 1 or config.grad_accum < 1 or config.row_len < 2 or config.epochs <= 0:
     raise errors.UserError('batch_rows, grad_accum, row_len and epochs must be positive.')
   if config.log_every < 1 or config.checkpoint_every < 1:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
   if config.remat not in ('none', 'full'):
     raise errors.UserError(f'remat={config.remat!r}: choose none or full.')
-  examples, counts, fingerprints = load_data(config)
-  workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
-  summary_path = workdir / 'summary.json'
-  if summary_path.exists():
-    print(f'{workdir} is finished already.', file=sys.stderr)
-    return json.loads(summary_path.read_text())
 
+
+def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str, Any]]:
+  """Trains what `model` does not hold frozen on packed rows, from the newest checkpoint on.
+
+  Args:
+    config: rows of a step, optimizer, seed and intervals, as in configs/train.py; written to the
+      folder, which refuses every other one from then on.
+    workdir: gets checkpoints/ and metrics.jsonl.
+    model: a `decoder.Model` on `mesh`; its trained arrays are donated.
+    rows: `packing.Rows`, at least one with a loss token.
+    mesh: of `choose_mesh`.
+
+  Returns:
+    (state, record): the last `step.TrainState`, and what summary.json says about the training.
+  """
   import jax
 
-  from agents.policy import load_base
-  from models import decoder, registry, weights
   from training import optimizer as optimizer_lib
   from training import packing, speed
   from training import step as step_lib
   from training.checkpoint import Checkpoints
   from training.metrics import Metrics
 
-  # Mesh, model and data.
-  mesh = choose_mesh(config.mesh, config.batch_rows)
-  if base is None:
-    base = load_base(
-      config.model,
-      config.base,
-      tokenizer=config.tokenizer,
-      shrink=config.shrink,
-      dtype=config.dtype,
-      seed=config.seed,
-    )
-  if fingerprints != {base.tokenizer.fingerprint}:
-    raise errors.UserError(
-      f'The episodes were tokenised by {", ".join(sorted(f[:12] for f in fingerprints))}, the '
-      f'tokenizer of {base.name} is {base.tokenizer.fingerprint[:12]}; train the model that played '
-      'them.'
-    )
-  rows = packing.pack(examples, config.row_len)
-  counts['too_long'] = len(rows.too_long)
-  print('episodes: ' + ', '.join(f'{name} {n}' for name, n in counts.items()), file=sys.stderr)
-  if not rows.num_loss_tokens:
-    raise errors.UserError(
-      f'No example fits into row_len={config.row_len} with a token to train; the shortest has '
-      f'{min(len(e.tokens) for e in examples)} tokens.'
-    )
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   batches = packing.Batches(
     rows,
@@ -165,7 +140,6 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
     seed=config.seed,
     num_shards=shards,
   )
-  model = make_model(config, base, mesh)
 
   # Optimizer, step, and the state: new, or of the newest checkpoint.
   schedule = optimizer_lib.make_schedule(
@@ -175,7 +149,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
     schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm
   )
   # Nothing is written before all of the command has been found good.
-  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
+  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
   state, shardings = step_lib.init_state(model, optimizer, mesh)
   train_step = step_lib.make_train_step(
     model,
@@ -198,7 +172,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
   places = config.grad_accum * config.batch_rows * config.row_len
   loss_places = config.grad_accum * shards * batches.loss_budget
   flops = speed.train_flops(
-    base.config, model.lora_config, places, loss_places, config.row_len
+    model.config, model.lora_config, places, loss_places, config.row_len
   ) * (batches.num_steps - start)
   minutes = speed.predict_seconds(flops, config.dtype, mesh.size) / 60
   print(
@@ -227,10 +201,77 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
         pending = None
         checkpoints.save(state)
   finally:
-    metrics.close()
-    # Whatever ends the run, a checkpoint that is being written is completed.
-    checkpoints.close()
+    try:
+      metrics.close()
+    finally:
+      # Whatever ends the run, a checkpoint that is being written is completed.
+      checkpoints.close()
   loop_s = time.perf_counter() - loop_started
+  return state, {
+    'steps': batches.num_steps,
+    'tokens': batches.num_tokens,
+    'loss_tokens': batches.num_loss_tokens,
+    'rows': rows.num_rows,
+    'packing_efficiency': rows.efficiency,
+    'resumed_at': start,
+    'tokens_per_s': metrics.tokens / loop_s if metrics.tokens else None,
+    'train_s': loop_s,
+    'predicted_s': minutes * 60,
+    'loss': metrics.last_loss,
+  }
+
+
+def run(config, workdir: str | pathlib.Path, base=None) -> dict:
+  """Trains, or goes on, or does nothing where the run is finished; returns summary.json's content.
+
+  Args:
+    config: as configs/train.py makes it.
+    workdir: the run's folder.
+    base: an `agents.policy.Base` that is loaded already; None loads what the config names.
+  """
+  started = time.perf_counter()
+  workdir = pathlib.Path(workdir)
+  check(config)
+  examples, counts, fingerprints = load_data(config)
+  workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
+  summary_path = workdir / 'summary.json'
+  if summary_path.exists():
+    print(f'{workdir} is finished already.', file=sys.stderr)
+    return json.loads(summary_path.read_text())
+
+  import jax
+
+  from agents.policy import load_base
+  from models import decoder, registry, weights
+  from training import packing
+
+  # Mesh, model and data.
+  mesh = choose_mesh(config.mesh, config.batch_rows)
+  if base is None:
+    base = load_base(
+      config.model,
+      config.base,
+      tokenizer=config.tokenizer,
+      shrink=config.shrink,
+      dtype=config.dtype,
+      seed=config.seed,
+    )
+  if fingerprints != {base.tokenizer.fingerprint}:
+    raise errors.UserError(
+      f'The episodes were tokenised by {", ".join(sorted(f[:12] for f in fingerprints))}, the '
+      f'tokenizer of {base.name} is {base.tokenizer.fingerprint[:12]}; train the model that played '
+      'them.'
+    )
+  rows = packing.pack(examples, config.row_len)
+  counts['too_long'] = len(rows.too_long)
+  print('episodes: ' + ', '.join(f'{name} {n}' for name, n in counts.items()), file=sys.stderr)
+  if not rows.num_loss_tokens:
+    raise errors.UserError(
+      f'No example fits into row_len={config.row_len} with a token to train; the shortest has '
+      f'{min(len(e.tokens) for e in examples)} tokens.'
+    )
+  model = make_model(config, base, mesh)
+  state, record = fit(config, workdir, model, rows, mesh)
 
   # The adapter for others, and the record.
   weights.export_peft(
@@ -238,21 +279,12 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
     base.config,
     model.lora_config,
     jax.device_get(decoder.to_params(state.lora)),
-    registry.HUGGING_FACE_IDS.get(base.name, base.name),
+    # Where others find the base: its id, or the path of a model of one's own.
+    registry.HUGGING_FACE_IDS.get(config.model) or str(pathlib.Path(config.model).absolute()),
   )
-  record = {
-    'steps': batches.num_steps,
-    'tokens': batches.num_tokens,
-    'loss_tokens': batches.num_loss_tokens,
+  record |= {
     'episodes': counts,
-    'rows': rows.num_rows,
-    'packing_efficiency': rows.efficiency,
-    'resumed_at': start,
-    'tokens_per_s': metrics.tokens / loop_s if metrics.tokens else None,
     'wall_s': time.perf_counter() - started,
-    'train_s': loop_s,
-    'predicted_s': minutes * 60,
-    'loss': metrics.last_loss,
     'versions': summary.versions(),
   }
   workdir_lib.write_json(summary_path, record)

@@ -13,14 +13,16 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from agents import formats, prompts
 from agents import memory as memory_lib
 from data import errors, trajectory
+from data import text as text_lib
 from data.tokenizer import Tokenizer
-from envs.base import Environment, Task
+from envs.base import FAULTS, Environment, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +120,10 @@ class EpisodeRun:
     self._started_at = time.perf_counter()
     try:
       self._environment = self._make_environment(self.task)
-      self.first_observation = self._environment.reset()
+      self.first_observation = _text(self._environment.reset())
     except errors.UserError:
       raise
-    except Exception as error:
+    except FAULTS as error:
       self._fail(error)
       return
     prompt = prompts.render(
@@ -238,12 +240,13 @@ class EpisodeRun:
     self._counts['env_steps'] += 1
     try:
       answer = self._environment.step(parsed.action)
+      observation, reward = _text(answer.observation), float(answer.reward)
     except errors.UserError:
       raise
-    except Exception as error:
+    except FAULTS as error:
       self._fail(error)
       return ''
-    step.observation, step.reward = answer.observation, float(answer.reward)
+    step.observation, step.reward = observation, reward
     step.changed = bool(answer.changed)
     self._reward += step.reward
     self._counts['invalid_actions'] += not answer.valid
@@ -264,7 +267,7 @@ class EpisodeRun:
     self._kinds += [trajectory.KIND[kind]] * len(ids)
     self._logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
-  def _fail(self, error: Exception) -> None:
+  def _fail(self, error: BaseException) -> None:
     self.error = f'{type(error).__name__}: {error}'
     if self._steps:
       self._steps[-1].observation = f'(environment error: {self.error})'
@@ -275,5 +278,15 @@ class EpisodeRun:
     self._termination = termination
     self.done = True
     self._ended_at = time.perf_counter()
-    if close := getattr(self._environment, 'close', None):
-      close()
+    try:
+      if close := getattr(self._environment, 'close', None):
+        close()
+    except FAULTS as error:
+      # How the episode ended stands; that its environment could not be closed is shown.
+      self.error = self.error or f'while closing: {type(error).__name__}: {error}'
+
+
+def _text(observation: Any) -> str:
+  if not isinstance(observation, str):
+    raise TypeError(f'the observation is no text but {observation!r:.80}')
+  return text_lib.valid(observation)

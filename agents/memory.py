@@ -4,13 +4,15 @@ A kind of memory is one renderer: a function from what was retrieved to text. Hi
 each; three of them, with the header, are 60 to 100 tokens.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from data import errors
-from envs.base import Suite, Task
+from data import text as text_lib
+from envs.base import FAULTS, Suite, Task
 from retrieval import hints as hints_lib
 from retrieval import select as select_lib
 
@@ -107,7 +109,8 @@ def retrieve_hints(
 ) -> dict[str, Memory]:
   """Chooses the hints of every task of a run, once, from instruction and first observation.
 
-  All queries are embedded in one batch, so the environments are reset here and again at play.
+  All queries are embedded in one batch, so the environments are reset here and again at play. A
+  game that does not start is left out; playing it counts it (env_error).
 
   Args:
     index: the bank.
@@ -122,14 +125,33 @@ def retrieve_hints(
   Returns:
     Task id -> memory; empty memories where the bank knows nothing of the type.
   """
-  queries = [
-    select_lib.Query(task.instruction, suite.make(task).reset(), task.task_type, task.id)
-    for task in tasks]
+  queries = []
+  for task in tasks:
+    start = _first_observation(suite, task)
+    if start is not None:
+      queries.append(select_lib.Query(
+        text_lib.valid(task.instruction), start, task.task_type, task.id))
   selections = select_lib.select_many(
     queries, index, k, method=method, seed=seed,
-    exclude_task_ids=[task.id if leave_one_out else None for task in tasks])
+    exclude_task_ids=[query.task_id if leave_one_out else None for query in queries])
   return {
-    task.id: Memory(
+    query.task_id: Memory(
       'hints', tuple(dataclasses.asdict(hint) for hint in selection.hints),
       selection.retrieval_tokens)
-    for task, selection in zip(tasks, selections)}
+    for query, selection in zip(queries, selections)}
+
+
+def _first_observation(suite: Suite, task: Task) -> str | None:
+  """What the game says at its start, None for one that does not start."""
+  environment = None
+  try:
+    environment = suite.make(task)
+    return text_lib.valid(environment.reset())
+  except errors.UserError:
+    raise
+  except FAULTS:
+    return None
+  finally:
+    with contextlib.suppress(*FAULTS):
+      if close := getattr(environment, 'close', None):
+        close()

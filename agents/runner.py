@@ -4,6 +4,8 @@ S slots play S episodes at once; a slot whose episode ends takes the next task b
 dispatch. A run that is stopped and started again goes on with the tasks that its journal lacks.
 """
 
+from __future__ import annotations
+
 import collections
 import functools
 import math
@@ -13,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tqdm
@@ -23,7 +26,10 @@ from agents import memory as memory_lib
 from data import errors, trajectory
 from data.tokenizer import Tokenizer
 from envs.base import Suite, Task
-from inference.engine import ContextOverflow, Engine
+
+if TYPE_CHECKING:
+  # JAX comes with it, which a command's --help and its first checks need not wait for.
+  from inference.engine import Engine
 
 
 def play(
@@ -61,6 +67,8 @@ def play(
   Raises:
     errors.UserError: the journal is broken or belongs to another process.
   """
+  from inference.engine import ContextOverflow
+
   new_run = functools.partial(
     _new_run, tokenizer, suite, spec, labels, memories or {}, examples or {})
   keeper = _Keeper(workdir, tasks, labels, progress, after_episode)
@@ -238,7 +246,7 @@ class _Keeper:
 
   def finish(self) -> list[trajectory.Episode]:
     for error, count in self._errors.items():
-      print(f'{count} episode(s) ended by an environment error: {error}', file=sys.stderr)
+      print(f'{count} episode(s) with an environment error: {error}', file=sys.stderr)
     by_id = {e.id: e for e in self._journal.read()}
     episodes = [by_id[id_] for id_ in self._ids]
     store = self._workdir / trajectory.TFDS_NAME
@@ -253,6 +261,8 @@ def _prediction(engine: Engine, spec: episode_lib.AgentSpec, keeper: _Keeper,
 
   How long episodes are is taken from the run's earlier ones, else guessed as half the step limit.
   """
+  from inference.engine import ContextOverflow
+
   run.start()
   prompt = run.next_tokens()
   if run.done:

@@ -1,24 +1,28 @@
 """How every entry point starts: flags, and errors that a person can read."""
 
 import contextlib
+import gc
 import importlib
 import os
+import pathlib
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from configs import common, process
+from configs import common, help_screen, process
 from data import errors
 
 
 def define_config_flags(default: str | None = None) -> None:
   """Defines `--config` and `--workdir`, which all entry points take."""
   config_flags.DEFINE_config_file(
-    'config', default, 'configs/NAME.py:key=value,...', lock_config=True)
+    'config', default, 'configs/NAME.py:KEY=VALUE,...; --config.KEY=VALUE changes one key.',
+    lock_config=True)
   flags.DEFINE_string('workdir', None, 'Folder for everything that the run writes.')
 
 
@@ -52,13 +56,53 @@ def _override_message(argv: list[str], error: Exception) -> str:
   return ' '.join(str(error).split())
 
 
+def _full_disk_message(error: BaseException) -> str | None:
+  """What to tell of a full disk, with the folder that the command writes to; None for others."""
+  cause = errors.full_disk(error)
+  if cause is None:
+    return None
+  # `out` is a file, `workdir` a folder; the system's error does not always name a file.
+  given = [pathlib.Path(flags.FLAGS[name].value) for name in ('workdir', 'out')
+           if name in flags.FLAGS and flags.FLAGS[name].value]
+  folder = given[0] if given else None
+  if folder is not None and 'workdir' not in flags.FLAGS:
+    folder = folder.parent
+  file = getattr(cause, 'filename', None)
+  if isinstance(file, str) and not (folder and pathlib.Path(file).is_relative_to(folder)):
+    folder = pathlib.Path(file).parent
+  reason = next(text for text in errors.FULL_DISK if text in str(cause))
+  return (f'The disk is full: {folder or "a file"} cannot be written ({reason}); free some space '
+          'there and start the same command again, which goes on with what is safe.')
+
+
+def _quieten_full_disks() -> None:
+  """Keeps threads from telling of a full disk what `run` will tell.
+
+  Checkpoints are written by threads of Orbax, which print and log their tracebacks, and raise the
+  error in the main thread as well.
+  """
+  excepthook = threading.excepthook
+  threading.excepthook = lambda arguments: (
+    None if errors.full_disk(arguments.exc_value) else excepthook(arguments))
+  logging.get_absl_logger().addFilter(
+    lambda record: not (record.exc_info and errors.full_disk(record.exc_info[1])))
+
+
 def run(main: Callable[[list[str]], None], required: tuple[str, ...] = ('config', 'workdir')):
-  """Runs `main` as absl does; a UserError becomes one sentence and exit code 1 (2 for flags)."""
+  """Runs `main` as absl does; a UserError becomes one sentence and exit code 1 (2 for flags).
+
+  So does a full disk, whatever was being written.
+  """
+  if help_screen.is_asked(sys.argv):
+    print(help_screen.screen(sys.modules['__main__'].__doc__, required))
+    sys.exit(0)
   process.use_huge_pages()
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   def guarded(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    _quieten_full_disks()
+    full = None
     try:
       missing = [name for name in required if flags.FLAGS[name].value is None]
       if missing:
@@ -74,5 +118,13 @@ def run(main: Callable[[list[str]], None], required: tuple[str, ...] = ('config'
       _fail(str(error), 1)
     except KeyboardInterrupt:
       _fail('Stopped; start the same command again to go on.', 130)
+    except Exception as error:
+      full = _full_disk_message(error)
+      if full is None:
+        raise
+    if full:
+      # Writers that were left waiting end here and not, noisily, in the interpreter's own end.
+      gc.collect()
+      _fail(full, 1)
 
   app.run(guarded, flags_parser=_parse_flags)

@@ -21,7 +21,7 @@ from data import errors
 
 DEFAULTS = dict(
   setting='',  # demo, paper, alfworld; '' is the model's own
-  model='smollm2_135m',
+  model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # weights: '' published, 'random', or a path
   tokenizer='',
   shrink=False,
@@ -29,21 +29,21 @@ DEFAULTS = dict(
   seed=0,
   # Tasks. The loop's skills are disjoint from the warm start's; the evaluation's houses from both.
   env='household',
-  data='generated',
+  data='generated',  # 'generated', or the folder of the real games
   train_split='train',
   eval_split='valid_unseen',
   task_types='make_state',
   warm_skills='warm',
   loop_skills='loop',
   env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3',
-  train_games=180,
-  eval_games=120,
+  train_games=180,  # played by base and by the teacher
+  eval_games=120,  # played by every policy, the same ones
   # POLICY[+MEMORY[@K]]; see experiments/evaluation_rows.py for the controls.
   evaluate='base,base+hints,sft,distilled',
   sft_examples='own',  # or matched: as many as distilled's, base plays further games for them
   next_after='',  # the workdir of a finished run: this one is its next round
   # Agent.
-  agent='plain',
+  agent='plain',  # plain, react, stateact
   layout='default',
   prompt='short',
   few_shots=0,
@@ -52,7 +52,7 @@ DEFAULTS = dict(
   max_new_tokens=24,
   max_context=640,
   # Memory.
-  k=3,
+  k=3,  # hints in a prompt
   writer='rules',  # rules, self, openai
   hint_model='',  # of writer=openai
   hint_base_url='https://api.openai.com/v1',
@@ -141,6 +141,9 @@ ALFWORLD = dict(
 )
 
 SETTINGS = {'demo': {}, 'paper': PAPER, 'alfworld': ALFWORLD}
+
+HELP_KEYS = (
+  'setting', 'model', 'base', 'data', 'train_games', 'eval_games', 'agent', 'k', 'writer')
 
 
 def get_config(arg=None):

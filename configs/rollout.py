@@ -16,10 +16,10 @@ import ml_collections
 from configs import common
 
 DEFAULTS = dict(
-  # The policy: a name of models/registry.py or a path; weights ('' published, 'random', a path).
-  model='smollm2_135m',
-  base='',
-  adapter='',  # PEFT folder
+  # The policy.
+  model='smollm2_135m',  # a name of models/registry.py, or the path of weights
+  base='',  # weights: '' published, 'random', or a path
+  adapter='',  # PEFT folder, the adapter/ of a training run; '' is none
   tokenizer='',  # path; '' is that of the weights
   shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
   policy='',  # name in the record; '' is 'expert', 'adapter' or 'base'
@@ -27,7 +27,7 @@ DEFAULTS = dict(
   # The tasks.
   env='household',
   data='generated',  # 'generated', or the folder of the real games
-  split='valid_seen',
+  split='valid_seen',  # train, valid_seen, valid_unseen
   episodes=0,  # the first N tasks of the split; 0 is all of them
   skip=0,  # tasks of the split that are left out before them
   task_types='',  # comma list; '' is all
@@ -59,6 +59,9 @@ DEFAULTS = dict(
   temperature=0.0,
   seed=0,
 )
+
+HELP_KEYS = (
+  'model', 'base', 'adapter', 'data', 'split', 'episodes', 'skills', 'agent', 'memory', 'bank')
 
 
 def make(values: Mapping[str, Any]) -> ml_collections.ConfigDict:

@@ -2,11 +2,12 @@
 
   python train.py --config=configs/train.py:data=runs/teacher --workdir=runs/distilled
 
-Writes to the workdir: config.json, metrics.jsonl, checkpoints/, adapter/ (a PEFT folder, for vLLM
-and `peft`) and summary.json. The same command again goes on from the newest checkpoint. With the
-defaults SmolLM2-135M on 2 CPU cores trains about 400 tokens a second, 1,000 episodes of 250 tokens
-in about 10 minutes. The setting of arXiv 2510.01375 is `rank=64,alpha=128,dropout=0.1,
-learning_rate=2e-4,loss_on=all,row_len=1024,batch_rows=2,grad_accum=4,seed=42`.
+Writes to the workdir: config.json, metrics.jsonl, tensorboard/ (the same metrics as TensorBoard
+reads them), checkpoints/, adapter/ (a PEFT folder, for vLLM and `peft`) and summary.json. The same
+command again goes on from the newest checkpoint. With the defaults SmolLM2-135M on 2 CPU cores
+trains about 400 tokens a second, 1,000 episodes of 250 tokens in about 10 minutes. The setting of
+arXiv 2510.01375 is `rank=64,alpha=128,dropout=0.1,learning_rate=2e-4,loss_on=all,row_len=1024,
+batch_rows=2,grad_accum=4,seed=42`.
 """
 
 from collections.abc import Mapping
@@ -17,14 +18,15 @@ import ml_collections
 from configs import common
 
 DEFAULTS = dict(
-  # The student: a name of models/registry.py or a path; weights ('' published, 'random', a path).
-  model='smollm2_135m',
-  base='',
+  # The student.
+  model='smollm2_135m',  # a name of models/registry.py, or the path of weights
+  base='',  # weights: '' published, 'random', or a path
   tokenizer='',  # path; '' is that of the weights
   shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
-  init_adapter='',  # PEFT folder to continue from; its rank, alpha and targets must be those below
-  # The episodes: a comma list of run folders (journal or TFDS).
-  data='',
+  # Its rank, alpha and targets must be those below.
+  init_adapter='',  # PEFT folder to continue from; '' is a new adapter
+  # The episodes (journal or TFDS).
+  data='',  # the folders of rollouts, a comma list
   success_only=True,
   max_invalid=2,  # episodes with more invalid actions are left out, and all with repeated no-ops
   max_examples=0,  # a random subset; 0 is all
@@ -32,21 +34,21 @@ DEFAULTS = dict(
   drop_few_shot=True,
   loss_on='action',  # the sampled tokens; or all
   # The adapter.
-  rank=16,
-  alpha=32.0,
+  rank=16,  # inner dimension
+  alpha=32.0,  # the adapter's product is scaled by alpha / rank
   dropout=0.0,
   targets='q,k,v,o,gate,up,down',
   # The optimizer.
-  learning_rate=5e-4,
+  learning_rate=5e-4,  # at its highest
   schedule='linear',  # linear, cosine, constant
   warmup_fraction=0.1,
   weight_decay=0.01,
   clip_norm=1.0,  # 0 is none
   label_smoothing=0.0,
-  epochs=1.0,
+  epochs=1.0,  # passes over the data; 0.5 is half of it
   # Rows of packed episodes: batch_rows x grad_accum of them a step.
-  row_len=512,
-  batch_rows=4,
+  row_len=512,  # tokens; longer episodes are left out and counted
+  batch_rows=4,  # rows computed at a time
   grad_accum=1,
   seed=0,
   # How it is computed.
@@ -56,6 +58,10 @@ DEFAULTS = dict(
   checkpoint_every=20,  # steps
   log_every=1,  # steps
 )
+
+HELP_KEYS = (
+  'data', 'model', 'base', 'init_adapter', 'rank', 'alpha', 'learning_rate', 'epochs', 'row_len',
+  'batch_rows')
 
 
 def make(values: Mapping[str, Any]) -> ml_collections.ConfigDict:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from data import text as text_lib
+
 # Order is part of the file format: `Episode.kinds` holds indices into it. Every sampled id (a
 # thought, an action, the stop token) is 'action'; the chat template's own ids take the kind of the
 # segment that they introduce or close.
@@ -65,6 +67,8 @@ class Step:
 @dataclasses.dataclass(eq=False)
 class Episode:
   """One episode of one agent on one task.
+
+  Its texts are made valid (`data.text`), those of its steps too: no file takes lone surrogates.
 
   Attributes:
     id: unique within a run.
@@ -137,6 +141,13 @@ class Episode:
     for step in self.steps:
       if step.parsed not in PARSED:
         raise ValueError(f'Episode {self.id}: a step is parsed as {step.parsed!r}.')
+    for part in (self, *self.steps):
+      for name, value in vars(part).items():
+        if isinstance(value, str):
+          setattr(part, name, text_lib.valid(value))
+    self.retrieved = [
+      {key: text_lib.valid(value) if isinstance(value, str) else value
+       for key, value in found.items()} for found in self.retrieved]
 
   def __eq__(self, other):
     return isinstance(other, Episode) and self.to_json() == other.to_json()

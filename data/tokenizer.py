@@ -19,6 +19,7 @@ import jinja2.sandbox
 import tokenizers
 
 from data import model_folder
+from data import text as text_lib
 from data.errors import UserError
 from data.gguf import GGUFFile
 
@@ -165,7 +166,8 @@ class Tokenizer:
     """Encodes text; no BOS is added.
 
     A character with a byte that the vocabulary lacks (SmolLM2 has none for a few ASCII control
-    characters) becomes U+FFFD: visible to the model and to the reader, where BPE would drop it.
+    characters) becomes U+FFFD, as does a lone surrogate: visible to the model and to the reader,
+    where BPE would drop it.
 
     Args:
       text: any text.
@@ -175,6 +177,7 @@ class Tokenizer:
     Returns:
       Token ids.
     """
+    text = text_lib.valid(text)
     if self._unspellable and not self._unspellable.isdisjoint(text.encode()):
       text = ''.join(c if self._unspellable.isdisjoint(c.encode()) else '\ufffd' for c in text)
     backend = self._matching if allow_special else self._plain

@@ -7,10 +7,9 @@ DIR is then what `data=DIR` of the suite, or ALFWorld itself (official rules), r
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from data.errors import UserError
@@ -53,22 +52,23 @@ def walkthrough(data: GameData) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  suite = HouseholdSuite(
+    skills=_SKILLS.value,
+    seed=_SEED.value,
+    num_train=_NUM_TRAIN.value,
+    num_valid=_NUM_VALID.value,
+    precondition_rate=_PRECONDITIONS.value,
+  )
   try:
-    suite = HouseholdSuite(
-      skills=_SKILLS.value,
-      seed=_SEED.value,
-      num_train=_NUM_TRAIN.value,
-      num_valid=_NUM_VALID.value,
-      precondition_rate=_PRECONDITIONS.value,
-    )
     for split in suite.splits:
       for data in tqdm(suite.games(split), desc=split, unit='game'):
         household_files.write_game(_OUT.value, data, walkthrough(data))
-  except (UserError, OSError) as error:
-    print(error, file=sys.stderr)
-    sys.exit(1)
+  except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    raise UserError(
+      f'{_OUT.value} cannot be written ({error.strerror}); take another --out.') from None
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('out')
-  app.run(main)
+  # As a program of its own this module is an entry, and entries look down on every room.
+  from configs import cli
+  cli.run(main, required=('out',))

@@ -34,7 +34,12 @@ def _kept_arguments() -> Iterator[None]:
 
 
 class TextWorldGame:
-  """The interface of `household.Game` on TextWorld."""
+  """The interface of `household.Game` on TextWorld.
+
+  Attributes:
+    changed: whether the newest command moved the world.
+    state: what TextWorld itself says after the newest command ('feedback', 'won', 'done', 'score').
+  """
 
   def __init__(self, data: GameData):
     """Loads a game.
@@ -77,23 +82,23 @@ class TextWorldGame:
   def reset(self) -> str:
     """Starts again and returns banner, room description and goal."""
     with _kept_arguments():
-      self._state = self._env.reset()
+      self.state = self._env.reset()
     self._world = self._facts()
     self.changed = False
-    return self._state.feedback
+    return self.state.feedback
 
   def step(self, command: str) -> tuple[str, bool]:
     """Performs a command; returns the observation and whether the goal holds afterwards."""
-    self._state, _, _ = self._env.step(command)
+    self.state, _, _ = self._env.step(command)
     before, self._world = self._world, self._facts()
     self.changed = self._world != before
-    return self._state.feedback, bool(self._state['won'])
+    return self.state.feedback, bool(self.state['won'])
 
   def _facts(self) -> frozenset:
     """The facts that make up the world; others only record that something was looked at."""
-    return frozenset(fact for fact in self._state['_facts'] if fact.name in _WORLD)
+    return frozenset(fact for fact in self.state['_facts'] if fact.name in _WORLD)
 
   @property
   def admissible_commands(self) -> list[str]:
     """All commands that do something now, sorted, without doubles."""
-    return list(self._state['admissible_commands'])
+    return list(self.state['admissible_commands'])

@@ -49,6 +49,8 @@ class DecoderConfig:
       softmax are float32 either way.
     param_dtype: in which the kernels are kept when dtype is 'float32'; with 'bfloat16' they are
       bfloat16. Norms, biases and adapters are always float32.
+    frozen: training changes an adapter only. False trains all parameters, kept in float32 (an
+      update is often too small for bfloat16).
   """
 
   name: str
@@ -68,6 +70,7 @@ class DecoderConfig:
   max_position: int = 32768
   dtype: str = 'float32'
   param_dtype: str = 'float32'
+  frozen: bool = True
 
   def __post_init__(self):
     if self.family not in FAMILIES:
@@ -82,6 +85,8 @@ class DecoderConfig:
 
   @property
   def weight_dtype(self) -> str:
+    if not self.frozen:
+      return 'float32'
     return 'bfloat16' if self.dtype == 'bfloat16' else self.param_dtype
 
 
@@ -189,7 +194,8 @@ class Model:
   Attributes:
     lora_config: None without an adapter.
     graphdef: static and hashable, for `static_argnums` or a closure.
-    lora: state of `nnx.LoRAParam`, empty without an adapter: what is trained.
+    lora: what is trained: state of `nnx.LoRAParam`, empty without an adapter; of all parameters
+      where `config.frozen` is False.
     frozen: state of all other parameters.
   """
 
@@ -203,7 +209,7 @@ class Model:
 def _split(config: DecoderConfig, lora: LoraConfig | None, key: jax.Array, unrolled=False):
   with nnx.use_eager_sharding(False):
     decoder = Decoder(config, lora, rngs=nnx.Rngs(params=key), unrolled=unrolled)
-    return nnx.split(decoder, nnx.LoRAParam, ...)
+    return nnx.split(decoder, nnx.LoRAParam if config.frozen else nnx.Param, ...)
 
 
 def abstract(
@@ -380,9 +386,12 @@ def forward(
   return model.final_norm(x)
 
 
-def output_kernel(frozen: nnx.State, config: DecoderConfig) -> jax.Array:
-  """The output head as [V, D]: the tied embedding, or a transposed view of the head's kernel."""
-  params = to_params(frozen)
+def output_kernel(state: nnx.State, config: DecoderConfig) -> jax.Array:
+  """The output head as [V, D]: the tied embedding, or a transposed view of the head's kernel.
+
+  `state` is the one that holds it: the frozen one, or that of all parameters.
+  """
+  params = to_params(state)
   return params['embed.embedding'] if config.tie_embeddings else params['head.kernel'].T
 
 

@@ -140,7 +140,7 @@ def matmul_transposed(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
 
 
 class Linear(nnx.Module):
-  """A frozen projection, optionally with a bias and a trained low-rank adapter."""
+  """A projection, optionally with a bias and a trained low-rank adapter."""
 
   def __init__(
     self,
@@ -153,7 +153,7 @@ class Linear(nnx.Module):
     bias: bool = False,
     rngs: nnx.Rngs,
   ):
-    self.dtype = config.dtype
+    self.dtype, self.frozen = config.dtype, config.frozen
     self.lora = lora
     kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * in_dim**-0.5
     self.kernel = nnx.Param(kernel.astype(config.weight_dtype), out_sharding=axes)
@@ -165,7 +165,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array, adapter_x: jax.Array | None = None) -> jax.Array:
     """float32 [..., in] -> float32 [..., out]; `adapter_x` is x after the adapter's dropout."""
-    y = matmul(x, self.kernel.get_value(), self.dtype, frozen=True)
+    y = matmul(x, self.kernel.get_value(), self.dtype, frozen=self.frozen)
     if self.bias is not None:
       y += self.bias.get_value()
     if self.lora is not None:

@@ -1,10 +1,11 @@
-"""Pretrained weights in (Hugging Face folders and GGUF files), PEFT adapters in and out.
+"""Weights in (Hugging Face folders, GGUF files) and out (folders), PEFT adapters in and out.
 
 A checkpoint's tensors [out, in] become the decoder's kernels [in, out], stacked over the layers in
 front for the scan. Tensors are read one at a time into preallocated arrays, so loading needs the
 model's own size and one tensor more.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -332,6 +333,61 @@ def _unsupported(path: pathlib.Path, family: Any) -> UserError:
   return UserError(
     f'{path} is of architecture {family!r}; supported are {", ".join(decoder.FAMILIES)}.'
   )
+
+
+def export_pretrained(
+  folder: str | pathlib.Path, config: DecoderConfig, params: Mapping[str, np.ndarray]
+) -> None:
+  """Writes a whole model as a Hugging Face folder: config.json and model.safetensors.
+
+  What `load_pretrained` reads back to the same arrays. The tokenizer's files are not written.
+
+  Args:
+    folder: made if missing; its two files are replaced one by one, each atomically.
+    config: the architecture.
+    params: flat name -> array of all its parameters, kept in their dtype.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  tensors = {}
+  for flat, value in params.items():
+    arrays, names = [np.asarray(value)], [_GLOBAL_NAMES.get(flat, ('',))[0]]
+    if flat.startswith('blocks.'):
+      name = 'model.layers.{}.' + _LAYER_NAMES[flat.removeprefix('blocks.')][0]
+      arrays, names = list(arrays[0]), [name.format(i) for i in range(config.num_layers)]
+    for name, array in zip(names, arrays, strict=True):
+      tensors[name] = np.ascontiguousarray(array.T if flat.endswith('.kernel') else array)
+  rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+  if config.rope_scaling is not None:
+    rope['rope_type'] = 'llama3'
+    rope |= dataclasses.asdict(config.rope_scaling)
+    rope['original_max_position_embeddings'] = rope.pop('original_max_position')
+  dtypes = {str(array.dtype) for array in tensors.values() if array.ndim > 1}
+  settings = {
+    'architectures': [{'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM'}[config.family]],
+    'model_type': config.family,
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.embed_dim,
+    'num_hidden_layers': config.num_layers,
+    'num_attention_heads': config.num_heads,
+    'num_key_value_heads': config.num_kv_heads,
+    'head_dim': config.head_dim,
+    'intermediate_size': config.mlp_dim,
+    'hidden_act': 'silu',
+    'rope_parameters': rope,
+    # Where readers from before `rope_parameters` look for it.
+    'rope_theta': config.rope_theta,
+    'rms_norm_eps': config.norm_eps,
+    'tie_word_embeddings': config.tie_embeddings,
+    'max_position_embeddings': config.max_position,
+    'dtype': dtypes.pop() if len(dtypes) == 1 else 'float32',
+  }
+  partial = folder / 'model.safetensors.partial'
+  safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
+  os.replace(partial, folder / 'model.safetensors')
+  partial = folder / 'config.json.partial'
+  partial.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
+  os.replace(partial, folder / 'config.json')
 
 
 def export_peft(

@@ -8,6 +8,7 @@ counted in `counts`, which the command shows.
 
 import abc
 import collections
+import contextlib
 import hashlib
 import http.client
 import json
@@ -326,17 +327,17 @@ class OpenAIWriter(_ModelWriter):
       'model': self._model, 'messages': messages, 'temperature': 0, 'max_tokens': 400,
       'response_format': {'type': 'json_object'}}).encode()
     headers = {'Content-Type': 'application/json'}
-    if key := os.environ.get('OPENAI_API_KEY'):
+    if key := os.environ.get('OPENAI_API_KEY', '').strip():
       headers['Authorization'] = f'Bearer {key}'
     for attempt in range(self._retries + 1):
       wait = self._backoff_s * 2**attempt
       try:
         request = urllib.request.Request(self._url, body, headers)
-        with urllib.request.urlopen(request, timeout=self._timeout_s) as response:
+        with _OPENER.open(request, timeout=self._timeout_s) as response:
           return _content(response.read(), self._url)
       except urllib.error.HTTPError as error:
         reason = f'{error.code} {error.reason}'
-        detail = ' '.join(error.read(300).decode('utf-8', 'replace').split())
+        detail = _detail(error)
         if error.code not in (408, 409, 425, 429) and error.code < 500:
           raise errors.UserError(f'{self._url} refused: {reason} ({detail}).') from None
         after = error.headers.get('Retry-After', '')
@@ -351,14 +352,34 @@ class OpenAIWriter(_ModelWriter):
       f'{self._url} gave no answer in {self._retries + 1} attempts (last: {reason}).')
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+  """Refuses redirects: the key would go with them to whatever server they name."""
+
+  def redirect_request(self, *_):
+    return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+  """What the server says about its error, as far as it comes, and where it would send us."""
+  text = error.headers.get('Location', '')
+  with contextlib.suppress(OSError, http.client.HTTPException):
+    text += ' ' + error.read(300).decode('utf-8', 'replace')
+  return ' '.join(text.split())
+
+
 def _content(payload: bytes, url: str) -> str:
-  """The text of a chat completion.
+  """The text of a chat completion, '' for one without (a model that declined).
 
   Raises:
     errors.UserError: if the answer is not of the protocol.
   """
   try:
     content = json.loads(payload)['choices'][0]['message']['content']
+    if content is None:
+      return ''
     if not isinstance(content, str):
       raise TypeError
     return content

@@ -10,6 +10,7 @@ JSON file that says of every hint which episodes taught it.
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from data import errors
+from data import text as text_lib
 from data import trajectory as trajectory_lib
 
 VERSION = 1
@@ -66,8 +68,8 @@ def hint_id(task_type: str, text: str) -> str:
 
 
 def normalise(text: str) -> str:
-  """One line, single spaces, a capital, a full stop; no list marker, no quotes around it."""
-  text = ' '.join(text.split())
+  """Valid text: one line, single spaces, a capital, a full stop; no list marker, no quotes."""
+  text = ' '.join(text_lib.valid(text).split())
   text = re.sub(r'^(?:[-*•]+|\(?\d{1,2}[.):])\s*', '', text).strip('"“”` ')
   text = re.sub(r'\s+([.,;:!])', r'\1', text).rstrip('.;,: ')
   if not text:
@@ -142,8 +144,11 @@ class HintBank:
         os.fsync(f.fileno())
       os.replace(temporary, path)
     except OSError as error:
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
       raise errors.UserError(
-        f'The hint bank {path} cannot be written ({error.strerror}); give another --out.') from None
+        f'The hint bank {path} cannot be written ({error.strerror}); free some space, or give '
+        'another --out.') from None
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> 'HintBank':
@@ -172,6 +177,7 @@ class HintBank:
                 and isinstance(hint.count, int)):
           raise TypeError
         _ = [(s['episode_id'], s['task_id']) for s in hint.sources]
+        hint.text = text_lib.valid(hint.text)
       except (TypeError, KeyError):
         raise errors.UserError(
           f'Hint {number} of the bank {path} is incomplete; mend it or make the bank again.'

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import train
+from agents import policy
 from configs import train as train_config
 from data import trajectory
 from data.errors import UserError
@@ -121,7 +123,7 @@ def finished(rooms):
 def test_a_whole_run(rooms, finished):
   result, workdir = finished
   assert {p.name for p in workdir.iterdir()} == {
-    'config.json', 'metrics.jsonl', 'checkpoints', 'adapter', 'summary.json',
+    'config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'adapter', 'summary.json',
   }
   record = json.loads((workdir / 'summary.json').read_text())
   assert record['episodes'] == {'episodes': 14, 'not_successful': 1, 'kept': 13, 'too_long': 0}
@@ -195,6 +197,53 @@ def test_continues_an_adapter_of_the_same_shape_only(rooms, finished, tmp_path):
     train.run(
       train_config.make(values(rooms, init_adapter=str(tmp_path / 'wide'))), tmp_path / 'bad'
     )
+
+
+def test_peft_opens_the_trained_adapter_by_itself(rooms, tmp_path):
+  peft, torch = pytest.importorskip('peft'), pytest.importorskip('torch')
+  # A model of one's own, with biases on q, k and v.
+  folder = tmp_path / 'my_model'
+  shutil.copytree(rooms / 'tokenizer', folder)
+  config = registry.shrink(registry.get_config('qwen25_0.5b'), vocab_size=_vocab(rooms))
+  rng = np.random.default_rng(0)
+  params = {
+    name: np.asarray(value) + (0.3 * rng.standard_normal(value.shape) * name.endswith('bias'))
+    for name, value in decoder.to_params(decoder.create(config, seed=7).frozen).items()
+  }
+  params = {name: value.astype(np.float32) for name, value in params.items()}
+  weights.export_pretrained(folder, config, params)
+  train.run(
+    train_config.make(values(rooms, model=str(folder), base='', shrink=False, epochs=3)),
+    tmp_path / 'run',
+  )
+
+  adapter = tmp_path / 'run' / 'adapter'
+  settings = json.loads((adapter / 'adapter_config.json').read_text())
+  assert settings['base_model_name_or_path'] == str(folder)
+  assert (settings['r'], settings['lora_alpha'], settings['lora_dropout']) == (4, 8, 0.1)
+  # The base is found by what adapter_config.json says of it.
+  theirs = peft.AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
+  assert theirs.peft_config['default'].task_type == 'CAUSAL_LM'
+  tokens = rng.integers(0, config.vocab_size, (2, 40)).astype(np.int32)
+
+  def theirs_logits(model):
+    with torch.no_grad():
+      return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+  def our_logits(model):
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden = decoder.forward(model.graphdef, model.lora, model.frozen, tokens, positions)
+    return np.asarray(decoder.logits(model.graphdef, model.frozen, hidden))
+
+  base = policy.load_base(str(folder))
+  ours, want = base.model(str(adapter)), theirs_logits(theirs)
+  with theirs.disable_adapter():
+    plain = theirs_logits(theirs)
+  assert np.abs(want - plain).max() > 0.1, 'the adapter has learnt something'
+  assert np.abs(our_logits(base.model()) - plain).max() < 1e-4
+  assert np.abs(our_logits(ours) - want).max() < 1e-4
+  assert np.abs(our_logits(decoder.merge_lora(ours)) - want).max() < 1e-4
+  assert np.abs(theirs_logits(theirs.merge_and_unload()) - want).max() < 1e-4
 
 
 def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):

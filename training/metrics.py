@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -9,10 +10,13 @@ import time
 import tqdm
 
 from data.errors import UserError
+from training.event_file import EventFile
 
 
 class Metrics:
-  """metrics.jsonl and the progress bar; the loss is a mean over the steps since the last record.
+  """metrics.jsonl, the same for TensorBoard, and the progress bar.
+
+  The loss of a record is a mean over the steps since the last one.
 
   Attributes:
     tokens: trained by this process.
@@ -20,10 +24,11 @@ class Metrics:
   """
 
   def __init__(self, path: pathlib.Path, num_steps: int, start: int, log_every: int):
-    """Opens file and bar.
+    """Opens files and bar.
 
     Args:
       path: metrics.jsonl; records of steps after `start` are dropped, for they are done again.
+        TensorBoard's files are in tensorboard/ beside it.
       num_steps: of the whole run.
       start: steps done before.
       log_every: steps a record covers.
@@ -33,8 +38,12 @@ class Metrics:
     if path.exists():
       lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith('}')]
       kept = [line for line in lines if line['step'] <= start]
-    path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    # Beside the place and renamed: a run that is killed here, or on a full disk, keeps its records.
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    os.replace(temporary, path)
     self._file = path.open('a')
+    self._events = EventFile(path.parent / 'tensorboard', kept)
     self._bar = tqdm.tqdm(
       total=num_steps, initial=start, unit='step', desc='train', file=sys.stderr
     )
@@ -63,6 +72,7 @@ class Metrics:
     seconds = time.perf_counter() - self._since
     record = {
       'step': step + 1,
+      'unix_time': time.time(),
       **values,
       'loss': sum(self._losses) / len(self._losses),
       'tokens_per_s': self._tokens / seconds,
@@ -70,10 +80,14 @@ class Metrics:
     self.last_loss = record['loss']
     self._file.write(json.dumps(record) + '\n')
     self._file.flush()
+    self._events.add(record)
     self._bar.set_postfix_str(f'loss {record["loss"]:.3f}, {record["tokens_per_s"]:.0f} tok/s')
     self._since, self._losses, self._tokens = time.perf_counter(), [], 0
 
   def close(self) -> None:
-    """Ends bar and file."""
+    """Ends bar and files."""
     self._bar.close()
-    self._file.close()
+    try:
+      self._file.close()
+    finally:
+      self._events.close()

@@ -15,16 +15,20 @@ STEP_EFFICIENCY = 0.4
 
 
 def train_flops(
-  config: DecoderConfig, lora: LoraConfig, num_places: int, num_loss_places: int, row_len: int
+  config: DecoderConfig,
+  lora: LoraConfig | None,
+  num_places: int,
+  num_loss_places: int,
+  row_len: int,
 ) -> float:
-  """Floating point operations of the products in training with a frozen base.
+  """Floating point operations of the products in training.
 
   Forward and input gradients of the blocks, all three products of the adapter, attention, and the
-  head with its input gradient for the loss tokens.
+  head with its input gradient for the loss tokens; the kernels' gradients where they are trained.
 
   Args:
     config: the architecture.
-    lora: the adapter.
+    lora: the adapter; None where there is none.
     num_places: places of all rows, padding included.
     num_loss_places: places of all loss budgets.
     row_len: places of one row.
@@ -40,10 +44,13 @@ def train_flops(
     'up': (embed, mlp),
     'down': (mlp, embed),
   }
-  layer = sum(4 * a * b for a, b in shapes.values())
-  layer += sum(6 * (a + b) * lora.rank for name, (a, b) in shapes.items() if name in lora.targets)
+  products = 4 if config.frozen else 6
+  layer = sum(products * a * b for a, b in shapes.values())
+  if lora is not None:
+    layer += sum(6 * (a + b) * lora.rank for name, (a, b) in shapes.items() if name in lora.targets)
   layer += 6 * 2 * row_len * heads
-  return num_places * config.num_layers * layer + num_loss_places * 4 * embed * config.vocab_size
+  head = products * embed * config.vocab_size
+  return num_places * config.num_layers * layer + num_loss_places * head
 
 
 def product_rate(dtype: str) -> float:

@@ -1,4 +1,6 @@
-"""The train step: loss and gradient of the adapter, one optimizer update, one compiled program.
+"""The train step: loss and gradient of what is trained, one optimizer update, one compiled program.
+
+What is trained is an adapter, or all parameters where the config says `frozen=False`.
 
 Axes: A micro-batches, B rows, T tokens, G shards, M loss tokens of a shard, D embedding.
 """
@@ -16,7 +18,7 @@ from training import losses
 
 
 class TrainState(NamedTuple):
-  """All that changes in training: the adapter, the optimizer's state, steps done (int32 [])."""
+  """All that changes in training: `Model.lora`, the optimizer's state, steps done (int32 [])."""
 
   lora: nnx.State
   opt_state: Any
@@ -53,21 +55,21 @@ def batch_loss(
   index = batch['loss_index']
   hidden = hidden.reshape(index.shape[0], -1, hidden.shape[-1])
   hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
+  inputs = (batch['loss_target'], batch['loss_weight'])
+  options = {'dtype': config.dtype, 'label_smoothing': label_smoothing}
+  if not config.frozen:
+    kernel = decoder.output_kernel(lora, config)
+    return losses.trained_head_cross_entropy(hidden, kernel, *inputs, **options)
+  kernel = decoder.output_kernel(frozen, config)
   return losses.frozen_head_cross_entropy(
-    hidden,
-    decoder.output_kernel(frozen, config),
-    batch['loss_target'],
-    batch['loss_weight'],
-    dtype=config.dtype,
-    label_smoothing=label_smoothing,
-    vocab_tile=vocab_tile,
+    hidden, kernel, *inputs, **options, vocab_tile=vocab_tile
   )
 
 
-def init_state(
+def state_shardings(
   model: decoder.Model, optimizer: optax.GradientTransformation, mesh
 ) -> tuple[TrainState, TrainState]:
-  """The state before the first step, and its shardings (the same structure)."""
+  """Shapes of the state and their shardings (the same structure); `model` may be abstract."""
   lora_shardings = sharding.state_shardings(model.lora, mesh)
   everywhere = NamedSharding(mesh, PartitionSpec())
   abstract = jax.eval_shape(optimizer.init, model.lora)
@@ -78,12 +80,19 @@ def init_state(
     lora_shardings,
     transform_non_params=lambda _: everywhere,
   )
-  opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(model.lora)
-  step = jax.device_put(jnp.int32(0), everywhere)
+  step = jax.ShapeDtypeStruct((), jnp.int32)
   return (
-    TrainState(model.lora, opt_state, step),
-    TrainState(lora_shardings, opt_shardings, everywhere),
-  )
+    TrainState(model.lora, abstract, step), TrainState(lora_shardings, opt_shardings, everywhere))
+
+
+def init_state(
+  model: decoder.Model, optimizer: optax.GradientTransformation, mesh
+) -> tuple[TrainState, TrainState]:
+  """The state before the first step, and its shardings (the same structure)."""
+  _, shardings = state_shardings(model, optimizer, mesh)
+  opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(model.lora)
+  step = jax.device_put(jnp.int32(0), shardings.step)
+  return TrainState(model.lora, opt_state, step), shardings
 
 
 def batch_shardings(mesh) -> NamedSharding:
@@ -111,7 +120,7 @@ def make_train_step(
   Metrics: float32 scalars 'loss', 'accuracy', 'grad_norm', 'learning_rate', 'loss_tokens'.
   """
   graphdef, config = model.graphdef, model.config
-  use_dropout = model.lora_config.dropout > 0
+  use_dropout = model.lora_config is not None and model.lora_config.dropout > 0
   vocab_tile = losses.default_vocab_tile(config.vocab_size, mesh.size)
 
   def train_step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]):

@@ -30,17 +30,19 @@ def write_tfds(episodes: Iterable[schema.Episode], folder: str | os.PathLike) ->
   work = folder.with_name(f'{folder.name}.writing')
   shutil.rmtree(work, ignore_errors=True)
   work.mkdir(parents=True)
-  builder = builder_lib.Episodes(
-    episodes=episodes, data_dir=str(work), file_format=tfds.core.FileFormat.ARRAY_RECORD
-  )
-  tfds.disable_progress_bar()
-  # TFDS prints about downloads, of which there are none.
-  with contextlib.redirect_stdout(io.StringIO()):
-    builder.download_and_prepare()
-  if folder.exists():
-    shutil.rmtree(folder)
-  os.replace(builder.data_dir, folder)
-  shutil.rmtree(work)
+  try:
+    builder = builder_lib.Episodes(
+      episodes=episodes, data_dir=str(work), file_format=tfds.core.FileFormat.ARRAY_RECORD
+    )
+    tfds.disable_progress_bar()
+    # TFDS prints about downloads, of which there are none.
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare()
+    if folder.exists():
+      shutil.rmtree(folder)
+    os.replace(builder.data_dir, folder)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def read_tfds(folder: str | os.PathLike) -> list[schema.Episode]:

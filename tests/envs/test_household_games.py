@@ -4,12 +4,15 @@ import collections
 import itertools
 import json
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
+import envs
 from data.errors import UserError
-from envs import household_files, household_official, household_skills
+from envs import household_files, household_games, household_official, household_skills
 from envs.base import Task
-from envs.household import OFFICIAL
+from envs.household import OFFICIAL, Problem
 from envs.household_expert import Expert
 from envs.household_games import SPLITS, SkillOptions, skill_game
 from envs.household_generate import walkthrough
@@ -69,17 +72,63 @@ def test_preconditions_do_not_change_the_rules():
 
 
 @pytest.mark.parametrize('pool', [*POOLS, 'official'])
-def test_houses_and_placements_of_splits_are_disjoint(pool):
+def test_the_same_key_gives_the_same_game(pool):
   make = official_game if pool == 'official' else lambda *key: skill_game(pool, *key)
-  games = {split: [make(0, split, index) for index in range(60)] for split in SPLITS}
-  for signature in ('signature', 'placement'):
-    found = {s: {getattr(g.house, signature)() for g in games[s]} for s in SPLITS}
-    for one, other in itertools.combinations(SPLITS, 2):
-      assert not found[one] & found[other]
-  assert len({game.id for split in SPLITS for game in games[split]}) == 180
-  # The same key gives the same game, another seed another one.
-  assert make(0, 'train', 7) == games['train'][7]
-  assert make(1, 'train', 7).problem != games['train'][7].problem
+  games = [make(0, split, index) for split in SPLITS for index in range(10)]
+  assert len({game.id for game in games}) == len({game.problem for game in games}) == 30
+  assert make(0, 'train', 7) == games[7]
+  assert make(1, 'train', 7).problem != games[7].problem
+
+
+def layouts(games):
+  """Houses and placements as the problems' texts state them; no id is part of either.
+
+  A house is which kinds of receptacles there are and how many of each; a placement is a house with
+  the kinds of things that stand in each of its receptacles.
+  """
+  houses, placements = set(), set()
+  for game in games:
+    problem = Problem(game.problem)
+    kinds = problem.receptacle_types
+    inside = [sorted(problem.thing_types[i] for i in things) for things in problem.contents]
+    houses.add(tuple(sorted(kinds)))
+    placements.add(tuple(sorted(zip(kinds, map(tuple, inside)))))
+  return houses, placements
+
+
+def suite_of(skills, seed, size):
+  """Forty games a split; houses of the least `size` are so small that they come again."""
+  options = {'num_receptacles': (5 + size, 10 + size)}
+  if skills != 'official':
+    options = {'num_appliances': (1 + size, 2 + size), 'num_surfaces': (1, size)}
+  return envs.get_suite(
+    'household', skills=skills, seed=seed, num_train=40, num_valid=40, **options)
+
+
+@hypothesis.given(
+  skills=st.sampled_from([*POOLS, 'official']),
+  seeds=st.tuples(*[st.integers(0, 2**31)] * 2),
+  sizes=st.tuples(*[st.integers(1, 4)] * 2),
+)
+def test_houses_and_placements_of_splits_are_disjoint(skills, seeds, sizes):
+  # Whatever the seeds and sizes: a student may be trained on one seed and evaluated on another.
+  suites = [suite_of(skills, seed, size) for seed, size in zip(seeds, sizes)]
+  found = [{split: layouts(suite.games(split)) for split in SPLITS} for suite in suites]
+  for one, other in itertools.permutations(SPLITS, 2):
+    for here, there in itertools.product(found, repeat=2):
+      houses, placements = zip(here[one], there[other])
+      assert houses[0].isdisjoint(houses[1])
+      assert placements[0].isdisjoint(placements[1])
+
+
+@pytest.mark.parametrize('skills', ['loop', 'official'])
+def test_without_the_hash_of_houses_splits_would_overlap(monkeypatch, skills):
+  monkeypatch.setattr(household_games, 'in_split', lambda receptacles, split: True)
+  suites = [suite_of(skills, seed, 1) for seed in range(4)]
+  (houses, _), (others, _) = (
+    layouts([game for suite in suites for game in suite.games(split)])
+    for split in ('train', 'valid_unseen'))
+  assert len(houses & others) >= 3
 
 
 @pytest.mark.parametrize('pool', POOLS)

@@ -1,5 +1,6 @@
 """The suite: what an agent sees of a household task."""
 
+import collections
 import dataclasses
 import subprocess
 import sys
@@ -137,13 +138,22 @@ def test_the_first_real_games_are_of_all_types(hintsight_data):
     assert found[:12] == sorted(household_official.TASK_TYPES) * 2
 
 
-@pytest.mark.parametrize('split, count', [('valid_seen', 140), ('train', 100)])
+@pytest.mark.parametrize(
+  'split, count',
+  [('valid_seen', 140), ('train', 150), pytest.param('train', 3553, marks=pytest.mark.slow)],
+)
 def test_the_expert_wins_real_games(hintsight_data, split, count):
-  suite = envs.get_suite('household', data=str(hintsight_data))
+  suite = envs.get_suite('household', data=str(hintsight_data), num_train=count, num_valid=count)
   tasks = suite.tasks(split)
-  tasks = tasks[:: len(tasks) // count]
-  wins = [won(suite, task) for task in tasks]
-  assert sum(wins) >= 0.95 * len(wins)
+  assert len(tasks) == count
+  wins = collections.defaultdict(list)
+  for task in tasks:
+    wins[task.task_type].append(won(suite, task))
+  assert wins.keys() == set(household_official.TASK_TYPES)
+  # Of every type, not only of all together.
+  rates = {task_type: sum(of_type) / len(of_type) for task_type, of_type in wins.items()}
+  assert min(rates.values()) >= 0.9, rates
+  assert sum(map(sum, wins.values())) >= 0.95 * count, rates
 
 
 def test_textworld_plays_a_suite():

@@ -17,7 +17,7 @@ from data.tokenizer import Tokenizer
 from models import decoder, registry, weights
 from models.kv_cache import KVCache
 from models.layers import rope_frequencies
-from models.lora import LoraConfig
+from models.lora import TARGETS, LoraConfig
 
 TINY = {
   'vocab_size': 96, 'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 6,
@@ -106,6 +106,24 @@ def test_folder_equals_transformers(variant, shard, tmp_path):
   assert np.abs(our_logits(ours, tokens) - want).max() < 1e-4
   assert np.abs(cached_logits(ours, tokens, 7) - want).max() < 1e-4
   assert registry.count_params(config) == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+  'variant', ['llama_tied', 'llama_scaled', 'llama_head_dim', 'qwen2_untied'])
+def test_an_exported_folder_is_the_model_again(variant, tmp_path):
+  transformers = pytest.importorskip('transformers')
+  model = hf_model(variant)
+  model.save_pretrained(tmp_path / 'model')
+  config, params = weights.load_pretrained(tmp_path / 'model')
+  weights.export_pretrained(tmp_path / 'again' / 'model', config, params)
+  config_again, params_again = weights.load_pretrained(tmp_path / 'again' / 'model')
+  assert config_again == config
+  assert params_again.keys() == params.keys()
+  assert all((params_again[name] == value).all() for name, value in params.items())
+  tokens = tokens_for(96)
+  loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'again' / 'model')
+  assert type(loaded) is type(model)
+  assert (hf_logits(loaded.eval(), tokens) == hf_logits(model, tokens)).all()
 
 
 def test_bfloat16_is_kept_bitwise(tmp_path):
@@ -374,6 +392,44 @@ def test_peft_loads_our_adapter(variant, targets, tmp_path):
   got_config, got = weights.load_peft(tmp_path / 'saved', config)
   assert got_config == lora_config
   assert all((got[name] == array).all() for name, array in adapter.items())
+
+
+@pytest.fixture(scope='module')
+def qwen2_base(tmp_path_factory):
+  """A model with biases on q, k and v, as `transformers` and as ours read it."""
+  folder = tmp_path_factory.mktemp('qwen2')
+  base = hf_model('qwen2_untied')
+  base.save_pretrained(folder)
+  return base, *weights.load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+  'lora_config',
+  [
+    *(LoraConfig(rank=2, alpha=4, targets=(target,)) for target in TARGETS),
+    LoraConfig(rank=1, alpha=1),
+    LoraConfig(rank=8, alpha=4),  # a scale below 1
+    LoraConfig(rank=3, alpha=4.5, targets=('k', 'up')),  # no whole number
+    LoraConfig(rank=64, alpha=128, targets=('q', 'v')),  # a rank above the width
+  ],
+  ids=lambda c: f'{"".join(c.targets)}-{c.rank}-{c.alpha}',
+)
+def test_every_target_and_scale_equals_peft(qwen2_base, lora_config, tmp_path):
+  peft = pytest.importorskip('peft')
+  base, config, params = qwen2_base
+  ours, adapter = adapted(config, params, lora_config)
+  weights.export_peft(tmp_path, config, lora_config, adapter, 'org/base')
+  tokens = tokens_for(96, (2, 20))
+  plain = hf_logits(base, tokens)
+  theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+  try:
+    want = hf_logits(theirs, tokens)
+  finally:
+    theirs.unload()  # the base is everyone's
+  size = np.abs(want).max()
+  assert np.abs(want - plain).max() > 1e-2 * size
+  for model in (ours, decoder.merge_lora(ours)):
+    assert np.abs(our_logits(model, tokens) - want).max() < 1e-5 * max(10, size)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])

@@ -2,8 +2,15 @@
 
 import http.server
 import json
+import socket
+import subprocess
+import sys
 import threading
+import time
 import types
+import typing
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -101,8 +108,19 @@ def server():
   httpd.server_close()
 
 
-def _completion(text):
-  return json.dumps({'choices': [{'message': {'role': 'assistant', 'content': text}}]})
+def _completion(text, **message):
+  """A chat completion with every field that the protocol requires."""
+  return json.dumps({
+    'id': 'chatcmpl-1', 'object': 'chat.completion', 'created': 1_900_000_000, 'model': 'strong',
+    'choices': [{
+      'index': 0, 'finish_reason': 'stop', 'logprobs': None,
+      'message': {'role': 'assistant', 'content': text, 'refusal': None} | message}],
+    'usage': {'prompt_tokens': 9, 'completion_tokens': 3, 'total_tokens': 12}})
+
+
+def _error(message, kind='server_error', code=None):
+  """An error body as the protocol has it."""
+  return json.dumps({'error': {'message': message, 'type': kind, 'param': None, 'code': code}})
 
 
 def _writer(server, path=None, **options):
@@ -126,7 +144,9 @@ def test_a_server_of_the_protocol(server, monkeypatch):
 
 def test_retries_are_bounded_counted_and_shown(server, monkeypatch):
   monkeypatch.delenv('OPENAI_API_KEY', raising=False)
-  server.script = [(503, 'busy'), (429, 'slow'), (200, _completion('nonsense'))]
+  server.script = [
+    (503, _error('The engine is overloaded.')), (429, _error('Too fast.', 'requests')),
+    (200, _completion('nonsense'))]
   shown = []
   writer = _writer(server, show=shown.append)
   assert writer.write([episode(LABELLED)]) == [[]]
@@ -137,7 +157,7 @@ def test_retries_are_bounded_counted_and_shown(server, monkeypatch):
 
 def test_what_came_is_kept_when_the_server_fails(server, tmp_path):
   failures = [episode(LABELLED, id='a'), episode(EFFECT, id='b')]
-  server.script = [(200, _completion(GOOD)), (500, 'down')]
+  server.script = [(200, _completion(GOOD)), (500, _error('down'))]
   with pytest.raises(errors.UserError, match=r'3 attempts.*1 of 2 episodes'):
     _writer(server, tmp_path / 'a.jsonl', retries=2).write(failures)
   assert len(server.requests) == 4
@@ -148,7 +168,10 @@ def test_what_came_is_kept_when_the_server_fails(server, tmp_path):
 
 
 @pytest.mark.parametrize('answer, message', [
-  ((401, 'who are you'), 'refused: 401'),
+  ((401, _error('Incorrect API key provided.', 'invalid_request_error', 'invalid_api_key')),
+   r'refused: 401.*Incorrect API key provided'),
+  ((404, _error('The model `strong` does not exist.', 'invalid_request_error')),
+   r'refused: 404.*`strong` does not exist'),
   ((200, '<html>'), 'OpenAI chat protocol'),
   ((200, '{"choices": []}'), 'OpenAI chat protocol'),
 ])
@@ -157,6 +180,123 @@ def test_answers_that_repeating_does_not_mend(server, answer, message):
   with pytest.raises(errors.UserError, match=message):
     _writer(server).write([episode(LABELLED)])
   assert len(server.requests) == 1
+
+
+def test_a_model_that_declines_is_counted_and_the_others_are_asked(server, monkeypatch):
+  # `content` may be null: a refusal, or all tokens spent on what is not shown.
+  server.script = [
+    (200, _completion(None, refusal='I cannot help.')), (200, _completion(GOOD))]
+  writer = _writer(server)
+  first, second = writer.write([episode(LABELLED, id='a'), episode(EFFECT, id='b')])
+  assert first == [] and len(second) == 2
+  assert writer.counts['malformed_replies'] == 1
+
+
+def test_the_request_is_the_one_of_the_official_client(server, monkeypatch):
+  openai = pytest.importorskip('openai')
+  import pydantic
+  from openai.types.chat import ChatCompletion, completion_create_params
+  monkeypatch.setenv('OPENAI_API_KEY', 'secret')
+  server.script = [(200, _completion(GOOD))]
+  _writer(server).write([episode(LABELLED)])
+  path, headers, body = server.requests[0]
+  # Nothing in it that the protocol does not know, and every value of its type.
+  protocol = completion_create_params.CompletionCreateParamsNonStreaming
+  assert set(body) <= set(typing.get_type_hints(protocol))
+  pydantic.TypeAdapter(protocol).validate_python(body)
+
+  # Their client, asked for the same, sends the same and understands this test's server.
+  client = openai.OpenAI(base_url=server.url, max_retries=0)
+  reply = client.chat.completions.create(**body)
+  assert reply.choices[0].message.content == GOOD and reply.usage.total_tokens == 12
+  ChatCompletion.model_validate(json.loads(_completion(GOOD)), strict=True)
+  assert server.requests[1][0] == path and server.requests[1][2] == body
+  lowered = [{name.lower(): value for name, value in found.items()}
+             for found in (headers, server.requests[1][1])]
+  for name in ('authorization', 'content-type', 'host'):
+    assert lowered[0][name] == lowered[1][name]
+  for status, kind in (
+      (401, openai.AuthenticationError), (404, openai.NotFoundError),
+      (429, openai.RateLimitError), (503, openai.InternalServerError)):
+    server.script = [(status, _error('no'))]
+    with pytest.raises(kind) as caught:
+      client.chat.completions.create(**body)
+    assert caught.value.body['message'] == 'no'
+
+
+@pytest.fixture(scope='module')
+def transformers_server(tmp_path_factory):
+  """`transformers serve` with a tiny model: (base URL, model folder)."""
+  for name in ('torch', 'transformers', 'fastapi', 'uvicorn', 'openai'):
+    pytest.importorskip(name)
+  import torch
+  import transformers
+
+  from tests.agents import fakes
+  folder = fakes.tokenizer_folder(tmp_path_factory.mktemp('served'))
+  settings = json.loads((folder / 'tokenizer_config.json').read_text())
+  settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+  torch.manual_seed(0)
+  transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=600, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, intermediate_size=48, max_position_embeddings=4096,
+    initializer_range=0.5, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+  )).save_pretrained(folder)
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  log = folder.with_name('server.log')
+  with open(log, 'w') as out:
+    process = subprocess.Popen(
+      [sys.executable, '-c', 'from transformers.cli.transformers import main; main()', 'serve',
+       str(folder), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu',
+       '--dtype', 'float32'], stdout=out, stderr=subprocess.STDOUT)
+  try:
+    for _ in range(1200):
+      assert process.poll() is None, log.read_text()[-2000:]
+      try:
+        urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5).close()
+        break
+      except (urllib.error.URLError, TimeoutError):
+        time.sleep(0.25)
+    yield f'http://127.0.0.1:{port}/v1', folder
+  finally:
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_real_server_of_the_protocol(transformers_server, tmp_path):
+  import torch
+  import transformers
+  url, folder = transformers_server
+  failures = [episode(LABELLED, id='a'), episode(EFFECT, id='b')]
+  writer = hint_writers.OpenAIWriter(
+    url, str(folder), answers_path=tmp_path / 'a.jsonl', timeout_s=120)
+  bank = hints.distil(failures, writer)
+  assert writer.counts['retries'] == 0
+  assert bank.provenance['writer'] == {'name': 'openai', 'model': str(folder), 'base_url': url}
+
+  # The replies are what that model says to these chats.
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  stored = [json.loads(line) for line in (tmp_path / 'a.jsonl').read_text().splitlines()]
+  assert [answer['episode_id'] for answer in stored] == ['a', 'b']
+  for failure, answer in zip(failures, stored, strict=True):
+    messages = hint_writers.hint_messages(failure, as_json=True)
+    prompt = tokenizer.apply_chat_template(
+      messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    with torch.no_grad():
+      ids = model.generate(**prompt, max_new_tokens=400, do_sample=False)
+    reply = tokenizer.decode(ids[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
+    assert answer['reply'] == reply and reply
+
+  # What it refuses is told in its own words, at once.
+  with pytest.raises(errors.UserError, match=r'refused: 400.*Server is pinned to'):
+    hint_writers.OpenAIWriter(url, 'another-model').write(failures)
+  with pytest.raises(errors.UserError, match='refused: 404'):
+    hint_writers.OpenAIWriter(url.removesuffix('/v1'), str(folder)).write(failures)
 
 
 def test_no_server_and_no_address():

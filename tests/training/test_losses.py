@@ -50,6 +50,29 @@ def test_equals_dense_in_float32(inputs, smoothing, chunk, tile):
   assert np.abs(got[2] - want[2]).max() <= 1e-5 * np.abs(want[2]).max()
 
 
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_a_trained_head_has_the_dense_gradient_too(inputs, smoothing):
+  hidden, kernel, *rest = inputs
+
+  def ours(h, k):
+    return losses.trained_head_cross_entropy(h, k, *rest, label_smoothing=smoothing)
+
+  value = lambda function: jax.value_and_grad(function, (0, 1), has_aux=True)(hidden, kernel)
+  (loss, correct), grads = value(ours)
+  (want_loss, want_correct), want = value(lambda h, k: dense(h, k, *rest, smoothing))
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+  assert correct == want_correct
+  for grad, wanted in zip(grads, want, strict=True):
+    assert np.abs(grad - wanted).max() <= 1e-5 * np.abs(wanted).max()
+  # The same in bfloat16 products, and the frozen head's loss and gradient.
+  ours16 = lambda h, k: losses.trained_head_cross_entropy(
+    h, k, *rest, dtype='bfloat16', label_smoothing=smoothing)
+  for grad, wanted in zip(value(ours16)[1], want, strict=True):
+    assert np.abs(grad - wanted).max() < 3e-2 * np.abs(wanted).max()
+  frozen = lambda h, k: losses.frozen_head_cross_entropy(h, k, *rest, label_smoothing=smoothing)
+  assert np.abs(value(frozen)[1][0] - grads[0]).max() <= 1e-5 * np.abs(grads[0]).max()
+
+
 def test_gradient_scales_with_the_cotangent(inputs):
   hidden, *rest = inputs
   twice = lambda h: 2.5 * losses.frozen_head_cross_entropy(h, *rest)[0]

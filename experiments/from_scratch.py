@@ -1,0 +1,364 @@
+"""A small decoder trained from random weights, as the base of the hint-distillation loop.
+
+  python -m experiments.from_scratch --config=configs/from_scratch.py --workdir=runs/scratch
+  python -m experiments.hint_distillation \
+    --config=configs/hint_distillation.py:model=runs/scratch/small_decoder,... --workdir=runs/small
+
+It learns to act and to read hints from expert episodes alone, and every house of its training calls
+its states by invented words: no state is ever seen twice, so a hint or a label helps only a model
+that copies from it. That is what carries over to the loop's skills, whose words it never saw.
+
+The run's folder holds tokenizer/ (byte-level BPE, trained here), checkpoints/, metrics.jsonl,
+summary.json and small_decoder/, a Hugging Face folder.
+"""
+
+import dataclasses
+import json
+import pathlib
+import random
+import re
+import shutil
+import string
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tqdm
+from absl import flags
+
+import rollout
+import train
+from agents import episode as episode_lib
+from agents import expert_episodes
+from agents import memory as memory_lib
+from configs import cli
+from configs import rollout as rollout_config
+from data import bpe, errors, summary, trajectory
+from data import workdir as workdir_lib
+from data.tokenizer import Tokenizer
+from envs import household_skills
+from envs.base import Task
+from experiments import warm_start
+from retrieval import hint_rules
+from training import dataset, packing
+
+# Of the tokenizer's own episodes: enough for every word of the game and for a thousand invented.
+_TOKENIZER_EPISODES = 600
+_DRILL_RULES = (3, 6)  # in one drill, from and to
+_HELD_OUT_EPISODES = 100  # with, and as many without a hint
+
+# Also the model's name in the record of what it plays.
+MODEL_FOLDER = 'small_decoder'
+
+_POOL = household_skills.POOLS['warm']
+_STATE = re.compile(rf'\b(?:{"|".join(_POOL)})\b')
+# Words that stay what they are: nothing invented may be one of them.
+_TAKEN = frozenset(
+  word for words in (
+    *household_skills.POOLS.values(), household_skills.VERBS, household_skills.APPLIANCES)
+  for word in words)
+
+
+def _letter_chain() -> dict[str, str]:
+  """Letter -> the letters that follow it in the game's words, as often as they do.
+
+  '' begins a word. Every letter may follow every other one now and then, so that no pair of
+  letters is unknown to the model.
+  """
+  chain = dict.fromkeys(('', *string.ascii_lowercase), string.ascii_lowercase)
+  for word in (*_POOL, *household_skills.VERBS, *household_skills.APPLIANCES):
+    for before, after in zip(('', *word), word, strict=False):
+      chain[before] += 12 * after
+  return chain
+
+
+_CHAIN = _letter_chain()
+
+
+def invent_word(rng: random.Random) -> str:
+  """A word of 4 to 7 letters that sounds like the game's and is none of them."""
+  while True:
+    word = ''
+    for _ in range(rng.randint(4, 7)):
+      word += rng.choice(_CHAIN[word[-1:]])
+    if word not in _TAKEN:
+      return word
+
+
+def invented_states(key: str) -> dict[str, str]:
+  """State of the warm pool -> the word for it in the episode of that key; all are different."""
+  rng, words = random.Random(f'words {key}'), {}
+  for state in _POOL:
+    word = invent_word(rng)
+    while word in words.values():
+      word = invent_word(rng)
+    words[state] = word
+  return words
+
+
+def rename(task: Task, words: dict[str, str]) -> Task:
+  """The task with other words for its states: instruction, house and rules; the id stays."""
+  payload = {
+    **task.payload,
+    'problem': _reworded(task.payload['problem'], words),
+    'rules': [{**rule, 'state': words[rule['state']]} for rule in task.payload['rules']],
+  }
+  return dataclasses.replace(
+    task, instruction=_reworded(task.instruction, words), payload=payload)
+
+
+def _reworded(text: str, words: dict[str, str]) -> str:
+  return _STATE.sub(lambda match: words[match[0]], text)
+
+
+class Lessons:
+  """Expert episodes of warm houses with invented states, made anew wherever they are needed."""
+
+  def __init__(self, config):
+    """Describes them; nothing is played yet. `config` is as configs/from_scratch.py makes it."""
+    self._config = config
+    values = {key: config[key] for key in rollout_config.DEFAULTS if key in config}
+    values.update(skills='warm', env_seed=config.seed)
+    self._rollout = rollout_config.make(values)
+    self._spec = rollout.make_spec(self._rollout)
+
+  def play(
+    self, tokenizer: Tokenizer, split: str, count: int, *, hint_share: float | None = None,
+    rule_share: float | None = None,
+  ) -> Iterator[trajectory.Episode]:
+    """The first `count` episodes of a split; the shares are the config's where none are given."""
+    c = self._config
+    hint_share = c.warm_hint_share if hint_share is None else hint_share
+    rule_share = c.warm_rule_share if rule_share is None else rule_share
+    self._rollout.episodes = count
+    suite = rollout.make_suite(self._rollout)
+    labels = episode_lib.Labels('expert', 'expert', split, c.seed)
+    for task in rollout.choose_tasks(suite, split, count):
+      rng = random.Random(f'lesson {c.seed} {task.id}')
+      words = invented_states(f'{c.seed} {task.id}')
+      memory, told = memory_lib.NO_MEMORY, []
+      if rng.random() < hint_share:
+        memory, told = warm_start.hint_block(
+          task, suite.rules(task), rng, k=c.k, rule_share=rule_share, seed=c.seed)
+        texts = [hint['text'] for hint in memory.retrieved]
+        memory = memory_lib.hints([_reworded(text, words) for text in texts])
+        told = [dataclasses.replace(rule, state=words[rule.state]) for rule in told]
+      yield expert_episodes.expert_episode(
+        suite, rename(task, words), tokenizer, self._spec, labels, memory=memory,
+        known_rules=told)
+
+
+def drill(tokenizer: Tokenizer, key: str) -> packing.Example:
+  """Some rules as hints, and the same ones again in another order, where the loss is.
+
+  What follows a state the second time is to be known from the first time alone. An episode asks for
+  that once or twice in 300 tokens; here nearly every token does, and what looks it up forms sooner.
+  """
+  rng = random.Random(f'drill {key}')
+  count = rng.randint(*_DRILL_RULES)
+  verbs = rng.sample(household_skills.VERBS, count)
+  appliances = rng.sample(household_skills.APPLIANCES, count)
+  states: dict[str, None] = {}
+  while len(states) < count:
+    states[invent_word(rng)] = None
+  lines = [
+    f'- {hint_rules.rule_hint(*rule)}\n' for rule in zip(states, verbs, appliances, strict=True)]
+  first = tokenizer.encode(''.join(lines))
+  rng.shuffle(lines)
+  second = tokenizer.encode(''.join(lines))
+  mask = np.arange(len(first) + len(second)) >= len(first)
+  return packing.Example(np.array(first + second, np.int32), mask, f'drill {key}')
+
+
+def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> Tokenizer:
+  """The tokenizer in `folder`, trained on expert episodes where there is none yet.
+
+  The episodes are played with a tokenizer of bytes, which spells the same text.
+  """
+  if not (folder / 'tokenizer_config.json').exists():
+    bytes_only = folder.with_name(f'{folder.name}.bytes')
+    bpe.train([], bpe.MIN_VOCABULARY, bytes_only)
+    speller = Tokenizer.load(bytes_only)
+    episodes = lessons.play(speller, 'train', _TOKENIZER_EPISODES)
+    bpe.train(
+      (speller.decode(e.tokens, skip_special=False) for e in episodes), vocab_size, folder)
+    shutil.rmtree(bytes_only)
+  return Tokenizer.load(folder)
+
+
+def make_config(config, tokenizer: Tokenizer):
+  """The decoder's architecture.
+
+  Raises:
+    errors.UserError: the heads do not divide the width.
+  """
+  from models import decoder
+
+  if config.embed_dim % (2 * config.num_heads):
+    raise errors.UserError(
+      f'embed_dim={config.embed_dim} does not divide into {config.num_heads} heads of an even '
+      'width; change embed_dim or num_heads.')
+  return decoder.DecoderConfig(
+    name=MODEL_FOLDER, family='llama', vocab_size=tokenizer.vocab_size,
+    embed_dim=config.embed_dim, num_layers=config.num_layers, num_heads=config.num_heads,
+    num_kv_heads=config.num_kv_heads, head_dim=config.embed_dim // config.num_heads,
+    mlp_dim=config.mlp_dim, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True,
+    max_position=config.max_context, dtype=config.dtype, frozen=False)
+
+
+def initial_model(architecture, seed: int, mesh):
+  """Random weights to train from: every kernel as small as the embedding (standard deviation 0.02).
+
+  With the decoder's own draw (one over the root of the width, which keeps the size of random
+  activations) a layer's output is fifty times its token's embedding: the later layers hardly see
+  which token it was, and do not learn to look one up. What is added to the residual stream is
+  divided by the root of the number of additions, as GPT-2 does it.
+  """
+  from models import decoder
+
+  params = {}
+  for name, value in decoder.to_params(decoder.create(architecture, seed=seed).lora).items():
+    scale = 1.0
+    if name.endswith('.kernel'):
+      scale = 0.02 * value.shape[-2] ** 0.5
+    if name.endswith(('.o.kernel', '.down.kernel')):
+      scale /= (2 * architecture.num_layers) ** 0.5
+    params[name] = np.asarray(value) * np.float32(scale)
+  return decoder.from_params(architecture, params, mesh=mesh)
+
+
+def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict[str, float]:
+  """How well the model continues experts that it has not seen (teacher forcing, greedy).
+
+  Returns:
+    'replies': share of all replies of which every token is the likeliest one; 'rule': the same for
+    the replies that name a verb and its appliance, the last ones of solved tasks.
+  """
+  import jax
+
+  from models import decoder
+
+  @jax.jit
+  def predict(trained, frozen, tokens):
+    hidden = decoder.forward(
+      model.graphdef, trained, frozen, tokens, np.arange(tokens.shape[1])[None])
+    kernel = decoder.output_kernel(trained, model.config)
+    return jax.numpy.einsum('btd,vd->btv', hidden, kernel).argmax(-1)[0]
+
+  width = max(len(episode.tokens) for episode in episodes)
+  right, rule = [], []
+  for episode in episodes:
+    # Padding follows the episode, and no token sees what follows it.
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, :len(episode.tokens)] = episode.tokens
+    likeliest = np.asarray(predict(state.lora, model.frozen, tokens))
+    action = np.flatnonzero(episode.kinds == trajectory.KIND['action'])
+    replies = np.split(action, np.flatnonzero(np.diff(action) > 1) + 1)
+    found = [bool((likeliest[r - 1] == episode.tokens[r]).all()) for r in replies]
+    right += found
+    rule += found[-1:] if episode.success else []
+  return {'replies': float(np.mean(right)), 'rule': float(np.mean(rule or [0.0]))}
+
+
+def check(config) -> None:
+  """What can be known to be wrong before anything is played.
+
+  Raises:
+    errors.UserError: a number without meaning.
+  """
+  train.check(config)
+  if config.episodes < 1 or config.drills < 0:
+    raise errors.UserError('episodes must be at least 1, and drills at least 0.')
+  for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
+    if config[name] < 1:
+      raise errors.UserError(f'{name} must be at least 1.')
+
+
+def run(config, workdir: str | pathlib.Path) -> dict:
+  """Makes the model folder, or goes on, or does nothing where it is finished.
+
+  Args:
+    config: as configs/from_scratch.py makes it.
+    workdir: the run's folder.
+
+  Returns:
+    The content of summary.json.
+  """
+  started = time.perf_counter()
+  workdir = pathlib.Path(workdir)
+  check(config)
+  workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=train.FREE_KEYS)
+  summary_path = workdir / 'summary.json'
+  if summary_path.exists():
+    print(f'{workdir} is finished already.', file=sys.stderr)
+    return json.loads(summary_path.read_text())
+  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=train.FREE_KEYS)
+
+  lessons = Lessons(config)
+  tokenizer = make_tokenizer(lessons, config.vocab_size, workdir / 'tokenizer')
+  architecture = make_config(config, tokenizer)
+  # Played anew by a run that goes on: that is faster than to keep and read them.
+  examples = []
+  rules = dataset.Rules(drop_memory=False, loss_on=config.loss_on)
+  for episode in tqdm.tqdm(
+      lessons.play(tokenizer, 'train', config.episodes), total=config.episodes, unit='episode',
+      desc='expert', file=sys.stderr):
+    examples.append(dataset.make_example(episode, rules))
+  examples += [drill(tokenizer, f'{config.seed} {i}') for i in range(config.drills)]
+  rows = packing.pack(examples, config.row_len)
+  if not rows.num_loss_tokens:
+    raise errors.UserError(f'No episode fits into row_len={config.row_len}; set it higher.')
+  if rows.too_long:
+    print(f'{len(rows.too_long)} episodes are longer than row_len={config.row_len} and left out.',
+          file=sys.stderr)
+
+  import jax
+
+  from models import decoder, weights
+
+  mesh = train.choose_mesh(config.mesh, config.batch_rows)
+  model = initial_model(architecture, config.seed, mesh)
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(model.lora))
+  print(f'{num_params / 1e6:.2f} million parameters, {tokenizer.vocab_size} tokens in the '
+        'vocabulary', file=sys.stderr)
+  state, record = train.fit(config, workdir, model, rows, mesh)
+
+  # The folder, and how well it reads where a hint tells the rule and where it has to find it.
+  held_out = {
+    name: reply_accuracy(model, state, list(lessons.play(
+      tokenizer, 'valid_unseen', _HELD_OUT_EPISODES, hint_share=share, rule_share=share)))
+    for name, share in (('told', 1.0), ('untold', 0.0))}
+  folder = workdir / MODEL_FOLDER
+  weights.export_pretrained(
+    folder, architecture, jax.device_get(decoder.to_params(state.lora)))
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    shutil.copyfile(workdir / 'tokenizer' / name, folder / name)
+  record |= {
+    'parameters': num_params,
+    'vocabulary': tokenizer.vocab_size,
+    'episodes': config.episodes,
+    'drills': config.drills,
+    'too_long': len(rows.too_long),
+    'held_out': held_out,
+    'wall_s': time.perf_counter() - started,
+    'versions': summary.versions(),
+  }
+  workdir_lib.write_json(summary_path, record)
+  return record
+
+
+def main(_):
+  record = run(flags.FLAGS.config, flags.FLAGS.workdir)
+  told, untold = record['held_out']['told'], record['held_out']['untold']
+  print(
+    f'{record["parameters"] / 1e6:.2f} million parameters, {record["tokens"]} tokens, loss '
+    f'{record["loss"]:.4f}, {record["wall_s"] / 60:.1f} min\n'
+    f'held-out replies right: {told["replies"]:.1%} where a hint tells the rule (the rule itself '
+    f'{told["rule"]:.1%}), {untold["replies"]:.1%} without hints (the rule {untold["rule"]:.1%})\n'
+    f'model={pathlib.Path(flags.FLAGS.workdir) / MODEL_FOLDER}')
+
+
+if __name__ == '__main__':
+  cli.define_config_flags()
+  cli.run(main)

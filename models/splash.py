@@ -1,0 +1,77 @@
+"""Causal attention of packed rows by splash attention, the Pallas kernel for TPU.
+
+The kernel skips the blocks above the diagonal, masks by segment inside the others, and never holds
+T x T numbers, in either direction. Keys and values are not repeated over the query groups.
+
+Axes: B batch, T tokens, N query heads, K key-value heads, H head width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from models import sharding
+
+# The widest block that divides T is taken: on a TPU the kernel's time falls with the block's size
+# until its scores (block x block float32) crowd out VMEM.
+_BLOCKS = (512, 256, 128)
+_LANES = 128
+
+
+@functools.cache
+def _kernel(heads: int, width: int, interpret: bool):
+  """The kernel for one row: q [N, T, H], k and v [K, T, H], segment ids [T]."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  block = next(b for b in _BLOCKS if width % b == 0)
+  sizes = splash.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+    block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
+  mask = splash.MultiHeadMask([splash.CausalMask((width, width))] * heads)
+  # The kernel's mask tables are arrays; made outside of a trace they can be used in any.
+  with jax.ensure_compile_time_eval():
+    return splash.make_splash_mha(
+      mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+
+def splash_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+  """Attention within whole rows; under `jax.set_mesh` each device computes its rows and heads.
+
+  Args:
+    q: [B, T, N, H], rotated and scaled, in the dtype of the products' operands.
+    k: [B, T, K, H], rotated.
+    v: [B, T, K, H].
+    segment_ids: int32 [B, T]; a token sees only its own segment.
+    interpret: run the kernel's program without a TPU (tests).
+
+  Returns:
+    [B, T, N, H] in q's dtype.
+  """
+  width, head_dim = q.shape[1], q.shape[3]
+  pad = -width % _LANES
+  # Heads narrower than a lane tile are filled up with zeros, which no product sees.
+  fill = -head_dim % _LANES
+
+  def local(q, k, v, segment_ids):
+    kernel = _kernel(q.shape[2], width + pad, interpret)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, fill))).transpose(0, 2, 1, 3)
+               for x in (q, k, v))
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+    segments = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    out = jax.vmap(kernel)(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
+    return out.transpose(0, 2, 1, 3)[:, :width, :, :head_dim]
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return local(q, k, v, segment_ids)
+  # A device keeps whole groups: heads are split only where the key-value heads divide too.
+  heads = sharding.spec(('kv_heads',), (k.shape[2],), mesh)[0]
+  rows = sharding.spec(('batch',), (q.shape[0],), mesh)[0]
+  heads_spec, rows_spec = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=(heads_spec, heads_spec, heads_spec, rows_spec),
+    out_specs=heads_spec, check_vma=False)(q, k, v, segment_ids)
