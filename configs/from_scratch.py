@@ -28,7 +28,7 @@ DEFAULTS = dict(
   loss_on='action',  # the replies; or all
   **{key: hint_distillation.DEFAULTS[key] for key in _OF_THE_LOOP},
   # The optimizer.
-  learning_rate=3e-3,  # at its highest
+  learning_rate=1e-3,  # at its highest
   schedule='cosine',  # linear, cosine, constant
   warmup_fraction=0.03,
   weight_decay=0.01,

@@ -25,6 +25,13 @@ CHAT_TEMPLATE = (
 _MARKERS = re.compile('|'.join(map(re.escape, SPECIAL)))
 
 
+def check_size(vocab_size: int) -> int:
+  """The size itself; raises UserError where it is smaller than the bytes and markers."""
+  if vocab_size < MIN_VOCABULARY:
+    raise UserError(f'vocab_size={vocab_size} is too small; take at least {MIN_VOCABULARY}.')
+  return vocab_size
+
+
 def train(texts: Iterable[str], vocab_size: int, folder: str | pathlib.Path) -> None:
   """Writes tokenizer.json and tokenizer_config.json.
 
@@ -39,8 +46,7 @@ def train(texts: Iterable[str], vocab_size: int, folder: str | pathlib.Path) -> 
   Raises:
     UserError: vocab_size is smaller than the bytes and markers.
   """
-  if vocab_size < MIN_VOCABULARY:
-    raise UserError(f'vocab_size={vocab_size} is too small; take at least {MIN_VOCABULARY}.')
+  check_size(vocab_size)
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
   tokenizer.decoder = decoders.ByteLevel()

@@ -45,7 +45,7 @@ from training import dataset, packing
 
 # Of the tokenizer's own episodes: enough for every word of the game and for a thousand invented.
 _TOKENIZER_EPISODES = 600
-_DRILL_RULES = (3, 6)  # in one drill, from and to
+_DRILL_RULES = (1, 4)  # in one drill, from and to; one alone is the first step of looking it up
 _HELD_OUT_EPISODES = 100  # with, and as many without a hint
 
 # Also the model's name in the record of what it plays.
@@ -149,26 +149,25 @@ class Lessons:
         known_rules=told)
 
 
-def drill(tokenizer: Tokenizer, key: str) -> packing.Example:
+def drill(tokenizer: Tokenizer, seed: int, index: int) -> packing.Example:
   """Some rules as hints, and the same ones again in another order, where the loss is.
 
   What follows a state the second time is to be known from the first time alone. An episode asks for
   that once or twice in 300 tokens; here nearly every token does, and what looks it up forms sooner.
+  The rules are a warm episode's: no (verb, appliance) pair of the loop's or the hard table.
   """
-  rng = random.Random(f'drill {key}')
-  count = rng.randint(*_DRILL_RULES)
-  verbs = rng.sample(household_skills.VERBS, count)
-  appliances = rng.sample(household_skills.APPLIANCES, count)
-  states: dict[str, None] = {}
-  while len(states) < count:
-    states[invent_word(rng)] = None
+  key = f'drill {seed} {index}'
+  rng = random.Random(key)
+  words = invented_states(key)
+  table = household_skills.draw('warm', seed, key)
   lines = [
-    f'- {hint_rules.rule_hint(*rule)}\n' for rule in zip(states, verbs, appliances, strict=True)]
+    f'- {hint_rules.rule_hint(words[rule.state], rule.verb, rule.appliance)}\n'
+    for rule in rng.sample(table, rng.randint(*_DRILL_RULES))]
   first = tokenizer.encode(''.join(lines))
   rng.shuffle(lines)
   second = tokenizer.encode(''.join(lines))
   mask = np.arange(len(first) + len(second)) >= len(first)
-  return packing.Example(np.array(first + second, np.int32), mask, f'drill {key}')
+  return packing.Example(np.array(first + second, np.int32), mask, key)
 
 
 def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> Tokenizer:
@@ -187,8 +186,8 @@ def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> T
   return Tokenizer.load(folder)
 
 
-def make_config(config, tokenizer: Tokenizer):
-  """The decoder's architecture.
+def make_config(config, vocab_size: int):
+  """The decoder's architecture, with a head for `vocab_size` tokens.
 
   Raises:
     errors.UserError: the heads do not divide the width.
@@ -200,7 +199,7 @@ def make_config(config, tokenizer: Tokenizer):
       f'embed_dim={config.embed_dim} does not divide into {config.num_heads} heads of an even '
       'width; change embed_dim or num_heads.')
   return decoder.DecoderConfig(
-    name=MODEL_FOLDER, family='llama', vocab_size=tokenizer.vocab_size,
+    name=MODEL_FOLDER, family='llama', vocab_size=vocab_size,
     embed_dim=config.embed_dim, num_layers=config.num_layers, num_heads=config.num_heads,
     num_kv_heads=config.num_kv_heads, head_dim=config.embed_dim // config.num_heads,
     mlp_dim=config.mlp_dim, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True,
@@ -265,14 +264,18 @@ def check(config) -> None:
   """What can be known to be wrong before anything is played.
 
   Raises:
-    errors.UserError: a number without meaning.
+    errors.UserError: a number or a name without meaning.
   """
+  from training import optimizer
+
   train.check(config)
   if config.episodes < 1 or config.drills < 0:
     raise errors.UserError('episodes must be at least 1, and drills at least 0.')
   for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
     if config[name] < 1:
       raise errors.UserError(f'{name} must be at least 1.')
+  make_config(config, bpe.check_size(config.vocab_size))
+  optimizer.make_schedule(config.schedule, config.learning_rate, 1, config.warmup_fraction)
 
 
 def run(config, workdir: str | pathlib.Path) -> dict:
@@ -297,7 +300,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
 
   lessons = Lessons(config)
   tokenizer = make_tokenizer(lessons, config.vocab_size, workdir / 'tokenizer')
-  architecture = make_config(config, tokenizer)
+  architecture = make_config(config, tokenizer.vocab_size)
   # Played anew by a run that goes on: that is faster than to keep and read them.
   examples = []
   rules = dataset.Rules(drop_memory=False, loss_on=config.loss_on)
@@ -305,10 +308,12 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       lessons.play(tokenizer, 'train', config.episodes), total=config.episodes, unit='episode',
       desc='expert', file=sys.stderr):
     examples.append(dataset.make_example(episode, rules))
-  examples += [drill(tokenizer, f'{config.seed} {i}') for i in range(config.drills)]
+  shortest = min(len(example.tokens) for example in examples)
+  if shortest > config.row_len:
+    raise errors.UserError(
+      f'No episode fits into row_len={config.row_len}; the shortest has {shortest} tokens.')
+  examples += [drill(tokenizer, config.seed, i) for i in range(config.drills)]
   rows = packing.pack(examples, config.row_len)
-  if not rows.num_loss_tokens:
-    raise errors.UserError(f'No episode fits into row_len={config.row_len}; set it higher.')
   if rows.too_long:
     print(f'{len(rows.too_long)} episodes are longer than row_len={config.row_len} and left out.',
           file=sys.stderr)
