@@ -55,6 +55,7 @@ DEFAULTS = dict(
   k=3,  # hints in a prompt
   writer='rules',  # rules, self, openai
   hint_model='',  # of writer=openai
+  hint_max_context=2048,  # tokens that writer=self reads at most: instructions and one failed trace
   hint_base_url='https://api.openai.com/v1',
   retrieval='minilm',
   # Warm start on the scripted expert: episodes, share with a hint block, share of those whose
@@ -108,6 +109,7 @@ PAPER = dict(
   max_context=8192,
   writer='openai',
   hint_model='gpt-4o',
+  hint_max_context=8192,
   warm_episodes=0,
   rank=64,
   alpha=128.0,

@@ -183,11 +183,12 @@ class Loop:
     bank = hints_lib.main(
       types.SimpleNamespace(
         episodes=','.join(runs), out=out, writer=chosen,
-        model=c.hint_model if chosen == 'openai' else c.model, adapter=self.start_adapter,
-        slots=c.slots, max_context=c.max_context,
+        # The warm start made an actor of the model, which answers everything with an action: as a
+        # writer it is asked without.
+        model=c.hint_model if chosen == 'openai' else c.model, adapter='',
+        slots=c.slots, max_context=c.hint_max_context,
         base_url=self.dry_hint_url or c.hint_base_url, timeout_s=60.0, retries=4),
-      load_policy=lambda: (self.base.model(self.start_adapter), self.base.tokenizer,
-                           self.base.name))
+      load_policy=lambda: (self.base.model(), self.base.tokenizer, self.base.name))
     return {'hints': len(bank.hints), 'failures': failures}
 
   def usable(self, sources: Sequence[str]) -> int:
