@@ -51,7 +51,8 @@ def test_full_before_anything_is_written(disk, tokenizer_folder):
 
 
 @pytest.mark.parametrize('removed, room', [
-  (('summary.json', trajectory.TFDS_NAME), 40_000), (('summary.json',), 0)])
+  (('summary.json', trajectory.TFDS_NAME), 40_000),
+  pytest.param(('summary.json',), 0, marks=pytest.mark.slow)])
 def test_full_at_the_end_of_a_run(disk, tmp_path, tokenizer_folder, removed, room):
   # All is played; what is removed is what this start has to write.
   run = disk.path / 'run'
