@@ -191,7 +191,9 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
     for step in range(start, batches.num_steps):
       batch = batches[step]
       num_tokens = int((batch['segment_ids'] > 0).sum())
-      state, values = train_step(state, model.frozen, jax.device_put(batch, place))
+      # Activations are constrained, and kernels are split, by the mesh that is set.
+      with jax.set_mesh(mesh):
+        state, values = train_step(state, model.frozen, jax.device_put(batch, place))
       if pending:
         metrics.add(*pending)
       pending = (step, values, num_tokens)

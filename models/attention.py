@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from models import platform, splash
 from models.layers import from_bits, to_bits
 
 MASKED = -1e30
@@ -22,9 +23,9 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 def attention(
   q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-  """Causal attention within whole rows.
+  """Causal attention within whole rows: splash attention on a TPU, elsewhere in blocks.
 
-  Runs in at most MAX_BLOCKS blocks of queries, each against the keys up to its end, so that nearly
+  The blocks: at most MAX_BLOCKS of queries, each against the keys up to its end, so that nearly
   half of the square is never computed. The backward pass computes the scores of a block anew (as
   FlashAttention does, arXiv 2205.14135): no layer keeps T x S numbers.
 
@@ -40,6 +41,10 @@ def attention(
   batch, width, heads, head_dim = q.shape
   kv_heads = k.shape[2]
   q = (q * head_dim**-0.5).astype(k.dtype)
+  if platform.name() == 'tpu':
+    if segment_ids is None:
+      segment_ids = jnp.zeros((batch, width), jnp.int32)
+    return splash.splash_attention(q, k, v, segment_ids).astype(jnp.float32)
   q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
   out = _blocked(q, k, v, segment_ids)

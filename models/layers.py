@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import lora as lora_lib
+from models import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ def to_bits(x: jax.Array) -> jax.Array:
   XLA's CPU backend slices, gathers and updates bfloat16 by converting the whole array to float32
   and back: a stack of L residuals is then converted L times, L x L residuals in all.
   """
-  if x.dtype == jnp.bfloat16 and jax.default_backend() == 'cpu':
+  if x.dtype == jnp.bfloat16 and platform.name() == 'cpu':
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
   return x
 
@@ -86,7 +87,7 @@ def _precise_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
   logits came out 1.8e-4 from float64's, in four parts 0.8e-4, as PyTorch's do.
   """
   length = kernel.shape[0]
-  if length < 512 or length % 4 or jax.default_backend() != 'cpu':
+  if length < 512 or length % 4 or platform.name() != 'cpu':
     return _dot(x, kernel)
   parts = zip(jnp.split(x, 4, axis=-1), jnp.split(kernel, 4), strict=True)
   a, b, c, d = (_dot(*part) for part in parts)
@@ -109,7 +110,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: str, *, frozen: bool) -> jax.
   if dtype == 'float32':
     kernel = jax.lax.stop_gradient(from_bits(kernel)).astype(dtype) if frozen else kernel
     return _precise_dot(x, kernel)
-  if math.prod(x.shape[:-1]) == 1 and jax.default_backend() == 'cpu':
+  if math.prod(x.shape[:-1]) == 1 and platform.name() == 'cpu':
     # XLA's bfloat16 matrix-vector product on CPU converts the kernel to float32 first. 576 x 1536,
     # kernels streamed from memory, us a product (bfloat16 / float32): 1 row 1517 / 121, 2 rows
     # 133 / 182, 8 rows 163 / 275, 32 rows 214 / 411, 1024 rows 3822 / 7714. A second, empty row
@@ -128,7 +129,7 @@ def matmul_transposed(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
   """
   rows = x.reshape(-1, x.shape[-1])
   count = rows.shape[0]
-  if count == 1 and dtype == 'bfloat16' and jax.default_backend() == 'cpu':
+  if count == 1 and dtype == 'bfloat16' and platform.name() == 'cpu':
     rows = jnp.concatenate([rows, jnp.zeros_like(rows)])  # see `matmul`
   y = jax.lax.dot_general(
     rows.astype(dtype),

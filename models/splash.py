@@ -6,8 +6,6 @@ T x T numbers, in either direction. Keys and values are not repeated over the qu
 Axes: B batch, T tokens, N query heads, K key-value heads, H head width.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -20,7 +18,6 @@ _BLOCKS = (512, 256, 128)
 _LANES = 128
 
 
-@functools.cache
 def _kernel(heads: int, width: int, interpret: bool):
   """The kernel for one row: q [N, T, H], k and v [K, T, H], segment ids [T]."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -30,10 +27,9 @@ def _kernel(heads: int, width: int, interpret: bool):
     block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
     block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
   mask = splash.MultiHeadMask([splash.CausalMask((width, width))] * heads)
-  # The kernel's mask tables are arrays; made outside of a trace they can be used in any.
-  with jax.ensure_compile_time_eval():
-    return splash.make_splash_mha(
-      mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+  # Not cached: the kernel holds its mask's tables, which belong to the trace that made them.
+  return splash.make_splash_mha(
+    mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
 
 def splash_attention(

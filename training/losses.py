@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from models import platform
 from models.layers import matmul
 
 # On 2 cores, V = 49152, D = 576, products with the whole vocabulary reached 200 to 490 GFLOP/s; a
@@ -26,7 +27,7 @@ def default_vocab_tile(vocab_size: int, num_devices: int = 1) -> int:
 
   With more devices the vocabulary may be sharded, and slicing it would gather it.
   """
-  small = jax.default_backend() == 'cpu' and num_devices == 1
+  small = platform.name() == 'cpu' and num_devices == 1
   return min(CPU_VOCAB_TILE, vocab_size) if small else vocab_size
 
 
