@@ -15,10 +15,10 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'scann', 'tra
              'tensorflow-datasets', 'numpy')
 
 
-def versions() -> dict[str, str]:
-  """Returns the versions that a measurement depends on."""
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+  """Returns the versions that a measurement depends on: Python's, and of what is installed."""
   found = {'python': platform.python_version()}
-  for name in _PACKAGES:
+  for name in packages:
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

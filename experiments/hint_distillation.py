@@ -249,13 +249,24 @@ class Loop:
       retrieval=row.retrieval or c.retrieval, k=row.k or c.k)
     return _counts(episodes)
 
+  def predict(self, rows: Sequence[evaluation_rows.Row]) -> list[dict[str, Any]]:
+    """What the run costs, as predicted before its first start, and anew where rows were added."""
+    path = self.workdir / 'budget.json'
+    if path.exists():
+      record = json.loads(path.read_text())
+      if record['evaluate'] == self.config.evaluate:
+        return record['parts']
+    parts = budget.predict(self.config, self.base, rows)
+    workdir_lib.write_json(path, {'evaluate': self.config.evaluate, 'parts': parts})
+    return parts
+
   def run(self) -> dict[str, Any]:
     """All stages; returns and writes summary.json."""
     c = self.config
     rows = evaluation_rows.parse(c.evaluate)
     workdir_lib.open_workdir(
       self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)}, free_keys=_FREE_KEYS)
-    predicted = budget.predict(c, self.base, rows)
+    predicted = self.predict(rows)
     print(budget.table(predicted), flush=True)
     if c.warm_episodes:
       self.stage('warm_start', self.warm_start)

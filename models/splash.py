@@ -19,7 +19,7 @@ _LANES = 128
 
 
 def _kernel(heads: int, width: int, interpret: bool):
-  """The kernel for one row: q [N, T, H], k and v [K, T, H], segment ids [T]."""
+  """A function of one row: q [N, T, H], k and v [K, T, H], segment ids [T]."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   block = next(b for b in _BLOCKS if width % b == 0)
@@ -28,8 +28,10 @@ def _kernel(heads: int, width: int, interpret: bool):
     block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
   mask = splash.MultiHeadMask([splash.CausalMask((width, width))] * heads)
   # Not cached: the kernel holds its mask's tables, which belong to the trace that made them.
-  return splash.make_splash_mha(
+  kernel = splash.make_splash_mha(
     mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+  return lambda q, k, v, segments: kernel(
+    q, k, v, segment_ids=splash.SegmentIds(segments, segments))
 
 
 def splash_attention(
@@ -56,9 +58,7 @@ def splash_attention(
     kernel = _kernel(q.shape[2], width + pad, interpret)
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, fill))).transpose(0, 2, 1, 3)
                for x in (q, k, v))
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-    segments = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    out = jax.vmap(kernel)(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
+    out = jax.vmap(kernel)(q, k, v, jnp.pad(segment_ids, ((0, 0), (0, pad))))
     return out.transpose(0, 2, 1, 3)[:, :width, :, :head_dim]
 
   mesh = jax.sharding.get_abstract_mesh()

@@ -14,7 +14,6 @@ only TextWorld's would be interrupted.
 import collections
 import datetime
 import gc
-import importlib.metadata
 import os
 import pathlib
 import platform
@@ -30,7 +29,7 @@ from absl import flags
 
 import envs
 from configs import cli
-from data import errors
+from data import errors, summary
 from data import workdir as workdir_lib
 from envs.base import Environment, StepResult, Suite, Task
 
@@ -160,16 +159,6 @@ def table(record: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _versions() -> dict[str, str]:
-  found = {'python': platform.python_version()}
-  for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
-
-
 def main(_) -> None:
   values = flags.FLAGS
   data = values.data or os.environ.get('HINTSIGHT_DATA') or 'generated'
@@ -206,7 +195,7 @@ def main(_) -> None:
       'command': shlex.join(['python', '-m', 'experiments.bench.envs', *sys.argv[1:]]),
       'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
       'date': datetime.date.today().isoformat(),
-      'versions': _versions(),
+      'versions': summary.versions(_PACKAGES),
     },
   }
   path = pathlib.Path(values.out)
