@@ -335,6 +335,34 @@ def _unsupported(path: pathlib.Path, family: Any) -> UserError:
   )
 
 
+def hf_settings(config: DecoderConfig, dtype: str = 'float32') -> dict[str, Any]:
+  """The content of a Hugging Face config.json of this architecture."""
+  rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+  if config.rope_scaling is not None:
+    rope['rope_type'] = 'llama3'
+    rope |= dataclasses.asdict(config.rope_scaling)
+    rope['original_max_position_embeddings'] = rope.pop('original_max_position')
+  return {
+    'architectures': [{'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM'}[config.family]],
+    'model_type': config.family,
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.embed_dim,
+    'num_hidden_layers': config.num_layers,
+    'num_attention_heads': config.num_heads,
+    'num_key_value_heads': config.num_kv_heads,
+    'head_dim': config.head_dim,
+    'intermediate_size': config.mlp_dim,
+    'hidden_act': 'silu',
+    'rope_parameters': rope,
+    # Where readers from before `rope_parameters` look for it.
+    'rope_theta': config.rope_theta,
+    'rms_norm_eps': config.norm_eps,
+    'tie_word_embeddings': config.tie_embeddings,
+    'max_position_embeddings': config.max_position,
+    'dtype': dtype,
+  }
+
+
 def export_pretrained(
   folder: str | pathlib.Path, config: DecoderConfig, params: Mapping[str, np.ndarray]
 ) -> None:
@@ -357,31 +385,8 @@ def export_pretrained(
       arrays, names = list(arrays[0]), [name.format(i) for i in range(config.num_layers)]
     for name, array in zip(names, arrays, strict=True):
       tensors[name] = np.ascontiguousarray(array.T if flat.endswith('.kernel') else array)
-  rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
-  if config.rope_scaling is not None:
-    rope['rope_type'] = 'llama3'
-    rope |= dataclasses.asdict(config.rope_scaling)
-    rope['original_max_position_embeddings'] = rope.pop('original_max_position')
   dtypes = {str(array.dtype) for array in tensors.values() if array.ndim > 1}
-  settings = {
-    'architectures': [{'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM'}[config.family]],
-    'model_type': config.family,
-    'vocab_size': config.vocab_size,
-    'hidden_size': config.embed_dim,
-    'num_hidden_layers': config.num_layers,
-    'num_attention_heads': config.num_heads,
-    'num_key_value_heads': config.num_kv_heads,
-    'head_dim': config.head_dim,
-    'intermediate_size': config.mlp_dim,
-    'hidden_act': 'silu',
-    'rope_parameters': rope,
-    # Where readers from before `rope_parameters` look for it.
-    'rope_theta': config.rope_theta,
-    'rms_norm_eps': config.norm_eps,
-    'tie_word_embeddings': config.tie_embeddings,
-    'max_position_embeddings': config.max_position,
-    'dtype': dtypes.pop() if len(dtypes) == 1 else 'float32',
-  }
+  settings = hf_settings(config, dtypes.pop() if len(dtypes) == 1 else 'float32')
   partial = folder / 'model.safetensors.partial'
   safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
   os.replace(partial, folder / 'model.safetensors')
