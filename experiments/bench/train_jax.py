@@ -1,0 +1,78 @@
+"""One timed run of our train step, for experiments/bench/train.py: JOB.json RECORD.json."""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+
+import jax
+import numpy as np
+
+import train
+from models import decoder, registry, weights
+from models.lora import LoraConfig
+from training import optimizer as optimizer_lib
+from training import packing, speed
+from training import step as step_lib
+
+
+def _model(job: dict, mesh) -> decoder.Model:
+  lora = LoraConfig(job['rank'], job['alpha'])
+  if not job['folder']:
+    return decoder.create(registry.get_config(job['model'], dtype=job['dtype']), lora, mesh=mesh)
+  config, params = weights.load_pretrained(job['folder'], job['dtype'])
+  _, adapter = weights.load_peft(job['adapter'], config)
+  return decoder.from_params(config, {**params, **adapter}, lora, mesh=mesh)
+
+
+def _peak_bytes() -> int:
+  if jax.default_backend() == 'cpu':
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return jax.local_devices()[0].memory_stats()['peak_bytes_in_use']
+
+
+def run(job: dict) -> dict:
+  """Trains `warm_steps` and then `steps` timed steps; the record that bench/train.py sums up."""
+  data = np.load(job['data'])
+  rows = packing.Rows(
+    *(data[f'packed.{key}'] for key in ('tokens', 'segment_ids', 'positions', 'loss_mask')),
+    num_examples=0, too_long=())
+  num_steps = job['warm_steps'] + job['steps']
+  mesh = train.choose_mesh('auto', job['batch_rows'])
+  batches = packing.Batches(
+    rows, batch_rows=job['batch_rows'], epochs=1 + num_steps * job['batch_rows'] / rows.num_rows,
+    num_shards=mesh.shape['data'] * mesh.shape['fsdp'])
+  model = _model(job, mesh)
+  schedule = optimizer_lib.make_schedule('constant', job['learning_rate'], num_steps, 0.0)
+  optimizer = optimizer_lib.make_optimizer(schedule, weight_decay=0.0, clip_norm=1.0)
+  state, shardings = step_lib.init_state(model, optimizer, mesh)
+  train_step = step_lib.make_train_step(
+    model, optimizer, schedule, shardings, mesh, seed=0, remat=job['remat'])
+  place = step_lib.batch_shardings(mesh)
+  seconds, tokens, losses = [], [], []
+  with jax.set_mesh(mesh):
+    for step in range(num_steps):
+      batch = batches[step]
+      started = time.perf_counter()
+      state, values = train_step(state, model.frozen, jax.device_put(batch, place))
+      losses.append(float(values['loss']))  # Waits: a step's time is its own.
+      seconds.append(time.perf_counter() - started)
+      tokens.append(int((batch['segment_ids'] > 0).sum()))
+  used = rows.segment_ids > 0
+  # Causal attention within segments: a token at place p reads p + 1 keys.
+  context = float((rows.positions[used] + 1).mean())
+  flops = speed.train_flops(
+    model.config, model.lora_config, rows.num_tokens, rows.num_loss_tokens, context)
+  warm = job['warm_steps']
+  return {
+    'seconds': seconds[warm:], 'tokens': tokens[warm:], 'losses': losses,
+    'first_step_s': seconds[0], 'peak_bytes': _peak_bytes(),
+    'flops_per_token': flops / rows.num_tokens, 'efficiency': rows.efficiency,
+    'product_rate': speed.product_rate('bfloat16'),
+    'device_name': jax.devices()[0].device_kind}
+
+
+if __name__ == '__main__':
+  pathlib.Path(sys.argv[2]).write_text(json.dumps(run(json.loads(
+    pathlib.Path(sys.argv[1]).read_text()))))
