@@ -37,6 +37,9 @@ from models.lora import LoraConfig, dropout
 
 FAMILIES = ('llama', 'qwen2')
 
+# What the backward pass computes again, from nothing to all of a block.
+REMAT = ('none', 'mlp', 'full')
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -135,7 +138,7 @@ class Block(nnx.Module):
     self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
     self.mlp = Mlp(config, lora, rngs)
 
-  def __call__(self, x, rope, attend, dropout_key=None):
+  def __call__(self, x, rope, attend, dropout_key=None, *, remat_mlp=False):
     """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache."""
 
     def drop(x, index):
@@ -148,10 +151,16 @@ class Block(nnx.Module):
     y = attend(*self.attn.project(y, drop(y, 0), rope))
     y = y.reshape(*y.shape[:-2], -1)
     x = x + self.attn.o(y, drop(y, 1))
-    y = self.mlp_norm(x)
-    adapter_y = drop(y, 2)
-    y = gated(self.mlp.gate(y, adapter_y), self.mlp.up(y, adapter_y))
-    return x + self.mlp.down(y, drop(y, 3))
+
+    def feed_forward(x):
+      y = self.mlp_norm(x)
+      adapter_y = drop(y, 2)
+      y = gated(self.mlp.gate(y, adapter_y), self.mlp.up(y, adapter_y))
+      return self.mlp.down(y, drop(y, 3))
+
+    if remat_mlp:
+      feed_forward = jax.checkpoint(feed_forward, prevent_cse=False)
+    return x + feed_forward(x)
 
 
 class Embed(nnx.Module):
@@ -360,7 +369,8 @@ def forward(
     positions: int32 [B, T], of each token within its own segment.
     segment_ids: int32 [B, T], 0 is padding; tokens see only their own segment. None: one segment.
     dropout_rng: key for the adapter's dropout; None turns it off.
-    remat: 'none' or 'full': recompute each block in the backward pass and keep only its input.
+    remat: what the backward pass computes again instead of keeping it: 'none'; 'mlp', all inside
+      the feed-forward; 'full', all inside a block but its input.
 
   Returns:
     float32 [B, T, D], after the final norm.
@@ -375,12 +385,12 @@ def forward(
 
   def body(x, layer):
     state, key = layer
-    return nnx.merge(block_def, state)(x, rope, attend, key), None
+    return nnx.merge(block_def, state)(x, rope, attend, key, remat_mlp=remat == 'mlp'), None
 
+  if remat not in REMAT:
+    raise UserError(f'remat={remat!r}: choose from {", ".join(REMAT)}.')
   if remat == 'full':
     body = jax.checkpoint(body, prevent_cse=False)
-  elif remat != 'none':
-    raise UserError(f'remat={remat!r}: choose none or full.')
   keys = None if dropout_rng is None else jax.random.split(dropout_rng, config.num_layers)
   x, _ = jax.lax.scan(body, _embed(model, tokens), (jax.tree.map(to_bits, blocks), keys))
   return model.final_norm(x)

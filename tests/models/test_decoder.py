@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -130,16 +131,37 @@ def adapted_model(config, lora=None):
   return decoder.from_params(config, params, lora)
 
 
-def test_remat_changes_nothing():
-  model = adapted_model(tiny())
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+def test_remat_changes_nothing(dropout):
+  model = adapted_model(tiny(), LoraConfig(rank=4, alpha=8, dropout=dropout))
   tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 256)
-  value, gradient = loss_and_gradient(model, tokens)
-  again, regradient = loss_and_gradient(model, tokens, remat='full')
-  assert np.isclose(value, again)
-  for name in gradient:
-    np.testing.assert_allclose(gradient[name], regradient[name], atol=1e-5)
+  options = {'dropout_rng': jax.random.key(1)} if dropout else {}
+  value, gradient = loss_and_gradient(model, tokens, **options)
+  for remat in ('mlp', 'full'):
+    again, regradient = loss_and_gradient(model, tokens, remat=remat, **options)
+    assert np.isclose(value, again)
+    for name in gradient:
+      np.testing.assert_allclose(gradient[name], regradient[name], atol=1e-5)
   with pytest.raises(UserError, match='remat'):
     loss_and_gradient(model, tokens, remat='some')
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+  config = tiny(mlp_dim=512)
+  model = decoder.create(config, LoraConfig(rank=4, alpha=8))
+  tokens = jnp.zeros((2, 24), jnp.int32)
+
+  def kept(remat):
+    # The arrays that the forward pass hands to the backward pass.
+    loss = lambda lora: decoder.forward(
+      model.graphdef, lora, model.frozen, tokens, positions(tokens), remat=remat).sum()
+    shapes = jax.eval_shape(lambda lora: jax.vjp(loss, lora)[1], model.lora)
+    return [leaf.shape for leaf in jax.tree.leaves(shapes)]
+
+  size = {remat: sum(map(math.prod, kept(remat))) for remat in decoder.REMAT}
+  assert size['none'] > size['mlp'] > size['full']
+  inner = (config.num_layers, *tokens.shape, config.mlp_dim)
+  assert inner in kept('none') and inner not in kept('mlp')
 
 
 def test_bfloat16_is_close_to_float32_forward_and_backward():
