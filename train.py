@@ -7,7 +7,6 @@ with the same adapter, bit for bit, as a run that was never stopped.
 """
 
 import json
-import math
 import pathlib
 import sys
 import time
@@ -47,30 +46,48 @@ def load_data(config) -> tuple[list, dict[str, int], set[str]]:
   return examples, counts, {episode.tokenizer for episode in episodes}
 
 
-def choose_mesh(text: str, batch_rows: int):
-  """The mesh of 'data,fsdp,tensor' sizes; 'auto' puts as many devices on data as divide the rows.
+def lora_config(config):
+  """The shape of the adapter."""
+  from models.lora import LoraConfig
+
+  targets = tuple(name.strip() for name in config.targets.split(',') if name.strip())
+  return LoraConfig(config.rank, config.alpha, config.dropout, targets)
+
+
+def choose_mesh(config, architecture, lora=None):
+  """The mesh that the config names, or for 'auto' the one that `memory.choose_sizes` chooses.
+
+  Args:
+    config: mesh, batch_rows and row_len.
+    architecture: the `decoder.DecoderConfig` of what is trained.
+    lora: its adapter's shape; None where there is none.
 
   Raises:
-    UserError: not three sizes, not as many devices, or rows that do not divide.
+    UserError: no sizes, not as many devices, or rows that do not divide.
   """
   import jax
 
-  from models import sharding
+  from models import decoder, memory, sharding
 
-  if text == 'auto':
-    sizes = [math.gcd(batch_rows, jax.device_count()), 1, 1]
+  if config.mesh == 'auto':
+    sizes, why = memory.choose_sizes(
+      decoder.abstract(architecture, lora),
+      num_devices=jax.device_count(),
+      slices=sharding.count_slices(jax.devices()),
+      memory=memory.device_bytes(),
+      batch_rows=config.batch_rows,
+      row_len=config.row_len,
+    )
+    print(why, file=sys.stderr)
+    sizes = {'slices': sizes.pop('slice'), **sizes}
   else:
-    try:
-      sizes = [int(size) for size in text.split(',')]
-    except ValueError:
-      sizes = []
-    if len(sizes) != 3:
-      raise errors.UserError(f'mesh={text!r}: give auto or three sizes data,fsdp,tensor.')
-  mesh = sharding.make_mesh(*sizes)
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch_rows % shards:
+    sizes = sharding.parse_sizes(config.mesh)
+  mesh = sharding.make_mesh(**sizes)
+  shards = sharding.batch_shards(mesh)
+  if config.batch_rows % shards:
     raise errors.UserError(
-      f'batch_rows={batch_rows} does not divide into the {shards} data and fsdp shards of the mesh.'
+      f'batch_rows={config.batch_rows} does not divide into the {shards} slice, data and fsdp '
+      'shards of the mesh.'
     )
   return mesh
 
@@ -82,10 +99,8 @@ def make_model(config, base, mesh):
     UserError: `init_adapter` is missing, broken, or of another shape than the config asks for.
   """
   from models import decoder, weights
-  from models.lora import LoraConfig
 
-  targets = tuple(name.strip() for name in config.targets.split(',') if name.strip())
-  lora = LoraConfig(config.rank, config.alpha, config.dropout, targets)
+  lora = lora_config(config)
   params = base.host_params()
   adapter = {}
   if config.init_adapter:
@@ -105,8 +120,8 @@ def check(config) -> None:
     raise errors.UserError('batch_rows, grad_accum, row_len and epochs must be positive.')
   if config.log_every < 1 or config.checkpoint_every < 1:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
-  if config.remat not in ('none', 'full'):
-    raise errors.UserError(f'remat={config.remat!r}: choose none or full.')
+  if config.remat not in ('auto', 'none', 'mlp', 'full'):
+    raise errors.UserError(f'remat={config.remat!r}: choose auto, none, mlp or full.')
 
 
 def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str, Any]]:
@@ -123,15 +138,19 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
   Returns:
     (state, record): the last `step.TrainState`, and what summary.json says about the training.
   """
+  import functools
+
   import jax
 
+  from models import decoder, memory, sharding
   from training import optimizer as optimizer_lib
   from training import packing, speed
+  from training import remat as remat_lib
   from training import step as step_lib
   from training.checkpoint import Checkpoints
   from training.metrics import Metrics
 
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  shards = sharding.batch_shards(mesh)
   batches = packing.Batches(
     rows,
     batch_rows=config.batch_rows,
@@ -151,7 +170,8 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
   # Nothing is written before all of the command has been found good.
   workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
   state, shardings = step_lib.init_state(model, optimizer, mesh)
-  train_step = step_lib.make_train_step(
+  make_step = functools.partial(
+    step_lib.make_train_step,
     model,
     optimizer,
     schedule,
@@ -159,8 +179,17 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
     mesh,
     seed=config.seed,
     label_smoothing=config.label_smoothing,
-    remat=config.remat,
   )
+  remat = config.remat
+  if remat == 'auto':
+    shapes = step_lib.batch_shapes(batches[0], mesh)
+    limit = memory.device_bytes(len(mesh.local_devices))
+    steps = {name: make_step(remat=name) for name in decoder.REMAT}
+    with jax.set_mesh(mesh):
+      remat = remat_lib.choose(steps.get, state, model.frozen, shapes, limit=limit)
+    train_step = steps[remat]
+  else:
+    train_step = make_step(remat=remat)
   checkpoints = Checkpoints(
     workdir / 'checkpoints',
     {'rows': rows.digest(), 'seed': config.seed, 'num_steps': batches.num_steps},
@@ -214,6 +243,8 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
     'tokens': batches.num_tokens,
     'loss_tokens': batches.num_loss_tokens,
     'rows': rows.num_rows,
+    'mesh': dict(mesh.shape),
+    'remat': remat,
     'packing_efficiency': rows.efficiency,
     'resumed_at': start,
     'tokens_per_s': metrics.tokens / loop_s if metrics.tokens else None,
@@ -247,8 +278,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
   from models import decoder, registry, weights
   from training import packing
 
-  # Mesh, model and data.
-  mesh = choose_mesh(config.mesh, config.batch_rows)
+  # Model, mesh and data.
   if base is None:
     base = load_base(
       config.model,
@@ -258,6 +288,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
       dtype=config.dtype,
       seed=config.seed,
     )
+  mesh = choose_mesh(config, base.config, lora_config(config))
   if fingerprints != {base.tokenizer.fingerprint}:
     raise errors.UserError(
       f'The episodes were tokenised by {", ".join(sorted(f[:12] for f in fingerprints))}, the '

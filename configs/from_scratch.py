@@ -41,8 +41,8 @@ DEFAULTS = dict(
   seed=0,
   # How it is computed.
   dtype='bfloat16',  # operands of the products; or float32
-  mesh='auto',  # sizes data,fsdp,tensor; auto splits the rows over all devices
-  remat='none',  # or full: recompute each block in the backward pass
+  mesh='auto',  # sizes data,fsdp,tensor, or slices before them; auto: by model, memory and devices
+  remat='auto',  # recomputed in the backward pass: none, mlp, full; auto: the least that fits
   checkpoint_every=100,  # steps
   log_every=10,  # steps
 )

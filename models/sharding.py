@@ -1,18 +1,21 @@
-"""From logical axis names to shardings on a mesh of (data, fsdp, tensor)."""
+"""From logical axis names to shardings on a mesh of (slice, data, fsdp, tensor)."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.errors import UserError
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('slice', 'data', 'fsdp', 'tensor')
 
 # Parameters: one dimension over fsdp (gathered when used), one over tensor (Megatron's columns then
-# rows). Activations: the batch over data and fsdp. 'layers' is scanned over and 'rank' is small.
+# rows). Activations: the batch over slices, data and fsdp. Slices hold whole copies of all else, so
+# that only the adapter's gradient crosses the network between them. 'layers' is scanned over and
+# 'rank' is small.
 RULES = {
   'layers': None,
   'embed': 'fsdp',
@@ -21,24 +24,78 @@ RULES = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'rank': None,
-  'batch': ('data', 'fsdp'),
+  'batch': ('slice', 'data', 'fsdp'),
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
-  """A mesh with automatic axes; one of the sizes may be -1, all the devices that are left."""
+def count_slices(devices: Sequence) -> int:
+  """Groups of devices with a fast network of their own, as the devices tell it; at least 1."""
+  return len({getattr(device, 'slice_index', 0) for device in devices})
+
+
+def make_mesh(
+  data: int = 1, fsdp: int = 1, tensor: int = 1, *, slices: int | None = None, devices=None
+) -> Mesh:
+  """A mesh with automatic axes.
+
+  Args:
+    data: size of the axis, within a slice; one of the three may be -1, all devices that are left.
+    fsdp: likewise.
+    tensor: likewise.
+    slices: None is as many as the devices tell. Devices that tell of none are split in their order.
+    devices: None is all.
+
+  Raises:
+    UserError: sizes that the devices cannot fill.
+  """
   devices = jax.devices() if devices is None else list(devices)
+  found = count_slices(devices)
+  slices = found if slices is None else slices
   sizes = [data, fsdp, tensor]
-  if sizes.count(-1) == 1:
-    sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
-  if min(sizes) < 1 or math.prod(sizes) > len(devices):
+  shown = ', '.join(f'{axis}={size}' for axis, size in zip(AXES, [slices, *sizes], strict=True))
+  if slices < 1 or len(devices) % slices or found not in (1, slices):
     raise UserError(
-      f'A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices.'
+      f'A mesh of {shown} does not fit {len(devices)} devices of {found} slices; give as many '
+      'slices as there are.'
     )
-  # jax.make_mesh defaults to explicit axes, which logical rules do not go with.
-  return jax.make_mesh(
-    sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
-  )
+  own = len(devices) // slices
+  if sizes.count(-1) == 1 and own % -math.prod(sizes) == 0:
+    sizes[sizes.index(-1)] = own // -math.prod(sizes)
+  if min(sizes) < 1 or math.prod(sizes) > own:
+    within = f'the {own} devices of a slice' if slices > 1 else f'{own} devices'
+    raise UserError(f'A mesh of {shown} does not fit {within}.')
+  if found > 1:
+    devices = sorted(devices, key=lambda device: device.slice_index)
+  # Each slice by itself, so that its axes lie along its own links. jax.make_mesh defaults to
+  # explicit axes, which logical rules do not go with.
+  parts = [
+    jax.make_mesh((1, *sizes), AXES, devices=devices[start : start + math.prod(sizes)]).devices
+    for start in range(0, len(devices), own)
+  ]
+  return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+  """'DATA,FSDP,TENSOR' or 'SLICES,DATA,FSDP,TENSOR' as arguments of `make_mesh`.
+
+  Raises:
+    UserError: it is neither.
+  """
+  try:
+    sizes = [int(size) for size in text.split(',')]
+  except ValueError:
+    sizes = []
+  if len(sizes) not in (3, 4):
+    raise UserError(
+      f'mesh={text!r}: give auto, three sizes data,fsdp,tensor, or four with the number of slices '
+      'before them.'
+    )
+  return dict(zip(('slices', 'data', 'fsdp', 'tensor')[-len(sizes):], sizes, strict=True))
+
+
+def batch_shards(mesh) -> int:
+  """Into how many parts the rows of a batch are split."""
+  return math.prod(mesh.shape[axis] for axis in RULES['batch'])
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, rules=None) -> PartitionSpec:

@@ -266,6 +266,7 @@ def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
     ({'batch_rows': 0}, 'positive'),
     ({'mesh': '3,1'}, 'mesh'),
     ({'mesh': '4,1,1'}, 'batch_rows=2'),
+    ({'mesh': '3,1,1,1'}, 'slice=3'),
     ({'mesh': '64,1,1'}, '64'),
     ({'loss_on': 'thoughts'}, 'loss_on'),
     ({'schedule': 'step'}, 'schedule'),

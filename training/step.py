@@ -100,6 +100,13 @@ def batch_shardings(mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(None, sharding.RULES['batch']))
 
 
+def batch_shapes(batch: dict[str, Any], mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """What the step is compiled for: the batch's shapes and dtypes, and where it will lie."""
+  place = batch_shardings(mesh)
+  return {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
+
+
 def make_train_step(
   model: decoder.Model,
   optimizer: optax.GradientTransformation,

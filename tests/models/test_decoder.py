@@ -260,9 +260,17 @@ def test_every_parameter_has_logical_axes():
 
 
 def test_mesh_sizes():
-  assert dict(sharding.make_mesh(-1, 2, 1).shape) == {'data': 4, 'fsdp': 2, 'tensor': 1}
-  with pytest.raises(UserError, match='8 devices'):
-    sharding.make_mesh(data=16)
+  shape = lambda *sizes, **options: tuple(sharding.make_mesh(*sizes, **options).shape.items())
+  assert shape(-1, 2, 1) == (('slice', 1), ('data', 4), ('fsdp', 2), ('tensor', 1))
+  assert shape(1, -1, 2, slices=2) == (('slice', 2), ('data', 1), ('fsdp', 2), ('tensor', 2))
+  for sizes, options, message in (
+    ((16,), {}, '8 devices'),
+    ((-1, 3), {}, 'fsdp=3, tensor=1 does not fit 8 devices'),
+    ((1, 8), {'slices': 2}, 'the 4 devices of a slice'),
+    ((1,), {'slices': 3}, 'slice=3'),
+  ):
+    with pytest.raises(UserError, match=message):
+      sharding.make_mesh(*sizes, **options)
   # Three key-value heads on two devices: replicated, not an error.
   mesh = sharding.make_mesh(tensor=2)
   assert tuple(sharding.spec(('embed', 'kv_heads'), (4, 3), mesh)) == (None, None)

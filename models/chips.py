@@ -1,0 +1,56 @@
+"""What accelerators can do, by the numbers of their makers: the one place for such figures.
+
+Sources:
+- Google Cloud documentation, the specification tables of TPU v4, v5e, v5p, v6e and TPU7x
+  (docs.cloud.google.com/tpu/docs/v4 and so on): peak FLOP/s, HBM bytes and bandwidth, chips a host.
+- J. Austin et al., "How to Scale Your Model", chapter "How to Think About TPUs"
+  (jax-ml.github.io/scaling-book/tpus): bandwidth of one ICI link and direction, and of the data
+  centre network (DCN) by chip.
+- `program_bytes`: what the TPU compiler (libtpu 0.0.42.1) leaves to a program of the HBM; it names
+  the number when it refuses one.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device as JAX sees it: a chip, of TPU7x half of one.
+
+  Attributes:
+    name: as in a topology's name.
+    hbm_bytes: memory.
+    program_bytes: of it, what a program may use.
+    hbm_bandwidth: bytes/s.
+    peak_flops: bfloat16 FLOP/s.
+    link_bandwidth: bytes/s of one ICI link in one direction.
+    torus: dimensions of its ICI network.
+    dcn_bandwidth: bytes/s out of its slice.
+  """
+
+  name: str
+  hbm_bytes: int
+  program_bytes: int
+  hbm_bandwidth: float
+  peak_flops: float
+  link_bandwidth: float
+  torus: int
+  dcn_bandwidth: float
+
+  def ici_bandwidth(self, group: int) -> float:
+    """Bytes/s at which a device sends in a ring of `group` devices: one link in each direction."""
+    return 2 * self.link_bandwidth if group > 2 else self.link_bandwidth
+
+
+CHIPS = {
+  chip.name: chip for chip in (
+    Chip('v4', 32 * GIB, int(30.75 * GIB), 1.2e12, 275e12, 4.5e10, 3, 6.25e9),
+    Chip('v5e', 16 * GIB, int(15.75 * GIB), 8.19e11, 197e12, 4.5e10, 2, 3.125e9),
+    Chip('v5p', 95 * GIB, int(95.74 * GIB), 2.765e12, 459e12, 9e10, 3, 6.25e9),
+    Chip('v6e', 32 * GIB, int(31.25 * GIB), 1.638e12, 918e12, 9e10, 2, 12.5e9),
+    # Two devices a chip: each has half of everything but its links.
+    Chip('tpu7x', 96 * GIB, int(94.75 * GIB), 3.69e12, 1153.5e12, 9e10, 3, 6.25e9),
+  )
+}
