@@ -8,11 +8,12 @@ in the command is told at once.
 """
 
 import ast
+import functools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -20,13 +21,14 @@ from absl import flags
 
 import envs
 from agents import episode as episode_lib
-from agents import expert_episodes, runner
+from agents import experience_memory, expert_episodes, runner
 from agents import memory as memory_lib
 from configs import cli
 from configs import rollout as config_lib
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
 from envs import base as envs_base
+from retrieval import experience as experience_lib
 
 # Keys that may differ when a run is continued: they change how fast it goes, not what is played.
 _FREE_KEYS = ('slots', 'decode_steps')
@@ -130,8 +132,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
   expert = config.agent == 'expert'
   spec = make_spec(config)
   memory_lib.check_kind(config.memory)
-  if config.memory != 'none' and not config.bank:
+  kinds = config.memory.split('+')
+  if 'hints' in kinds and not config.bank:
     raise errors.UserError('memory=hints needs bank=FILE, the bank of python -m retrieval.hints.')
+  check_experiences(config)
   if config.slots < 1 or config.decode_steps < 1:
     raise errors.UserError('slots and decode_steps must be at least 1.')
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
@@ -140,9 +144,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
   if row := _finished_row(workdir, tasks):
     show(workdir, row)
     return
-  index = None
-  if config.memory != 'none':
+  index = experiences = None
+  if 'hints' in kinds:
     index = memory_lib.load_index(config.bank, config.retrieval, workdir / 'hint_vectors.npz')
+
+  if 'experience' in kinds:
+    experiences = experience_memory.load(
+      config.experiences, config.experience_retrieval, config.query, keep=not config.grow,
+      exact_below=config.exact_below, leaves_searched=config.leaves_searched)
+  if config.grow:
+    tasks = experience_memory.task_order(tasks, config.seed)
 
   # 2. The policy. The expert needs a tokenizer only: its replies get the ids a model would sample.
   from agents import policy as policy_lib
@@ -162,19 +173,29 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
     model_name, tokenizer = base.name, base.tokenizer
     model = base.model(config.adapter)
 
-  # 3. What each episode has in its prompt, chosen once at its start (paper A, step 3).
-  memories, examples = {}, {}
+  # 3. What each episode has in its prompt, chosen once at its start (paper A, step 3), or for
+  # dynamic queries before every call.
+  memories, examples, memory = {}, {}, None
   if index is not None:
     memories = memory_lib.retrieve_hints(
       index, suite, tasks, config.k, method=config.retrieval,
       leave_one_out=config.leave_one_out, seed=config.seed)
+  if experiences is not None:
+    experiences.bank.check(
+      spec.format, experience_memory.prompt_of(tokenizer, spec, suite), tokenizer.fingerprint)
+    memory = experience_memory.ExperienceMemory(
+      experiences, experience_memory.rules_of(config), tokenizer, memories)
+    if config.query == 'static' and not config.grow:
+      memories = memory.choose(tasks)
   if config.few_shots:
     examples = expert_episodes.few_shot_examples(
       suite, {task.task_type for task in tasks}, tokenizer, spec, config.few_shots,
       exclude={task.id for task in tasks}, thoughts=config.expert_thoughts)
 
   # 4. Play.
-  policy = config.policy or ('expert' if expert else 'adapter' if config.adapter else 'base')
+  policy = config.policy or (
+    experience_lib.ERRING_EXPERT if config.expert_error_rate else 'expert' if expert else
+    'adapter' if config.adapter else 'base')
   labels = episode_lib.Labels(policy, model_name, config.split, config.seed)
   if not expert:
     runner.check_first_prompt(
@@ -188,6 +209,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
   # Last of all that bad input can stop: from here on the folder refuses every other config.
   workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   clock = workdir_lib.WallClock(workdir, started=started)
+  erring = {'error_rate': config.expert_error_rate} if config.expert_error_rate else {}
+  played = {
+    'recall': memory.recall if config.query == 'dynamic' and memory is not None else None,
+    'after_episode': clock.save}
   try:
     if expert:
       episodes = runner.play_each(
@@ -195,12 +220,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
           suite, task, tokenizer, spec, labels, thoughts=config.expert_thoughts,
           memory=memories.get(task.id, memory_lib.NO_MEMORY),
           examples=examples.get(task.task_type, ()),
-          known_rules=envs_base.rules_of(suite, task) if config.expert_knows_rules else ()),
+          known_rules=envs_base.rules_of(suite, task) if config.expert_knows_rules else (),
+          **erring),
         tasks, labels, workdir, after_episode=clock.save)
     else:
-      episodes = runner.play(
-        engine, tokenizer, suite, tasks, spec, labels, workdir, memories=memories,
-        examples=examples, after_episode=clock.save)
+      play = functools.partial(
+        runner.play, engine, tokenizer, suite, spec=spec, labels=labels, workdir=workdir,
+        examples=examples, **played)
+      if config.grow:
+        episodes = play_and_remember(play, tasks, memory, config.grow, workdir)
+      else:
+        episodes = play(tasks, memories=memories)
   finally:
     clock.save()
 
@@ -212,6 +242,55 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
     'rows': [row], 'paired': [], 'wall_s': {'rollout': clock.seconds()},
     'engine': {} if expert else engine.stats.as_dict(), 'versions': summary.versions()})
   show(workdir, row)
+
+
+def check_experiences(config: ml_collections.ConfigDict) -> None:
+  """What can be wrong about experiences, said before anything is loaded.
+
+  Raises:
+    errors.UserError: a key has no meaning, or lacks another one.
+  """
+  experience_memory.rules_of(config)
+  retrieves = 'experience' in config.memory.split('+')
+  if retrieves and not config.experiences and not config.grow:
+    raise errors.UserError(
+      f'memory={config.memory} needs experiences=FOLDER, the bank of '
+      'python -m retrieval.experience (or grow=N, which starts from none).')
+  if config.grow < 0 or (config.grow and not retrieves):
+    raise errors.UserError('grow needs memory=experience, and a number of episodes from 1 on.')
+  if config.agent == 'expert' and (config.grow or (retrieves and config.query == 'dynamic')):
+    raise errors.UserError('A scripted expert plays with query=static and grow=0.')
+  if not 0 <= config.expert_error_rate < 1 or (
+      config.expert_error_rate and config.agent != 'expert'):
+    raise errors.UserError('expert_error_rate lies in 0..1 (1 excluded) and needs agent=expert.')
+
+
+def play_and_remember(
+  play: Callable[..., list[trajectory.Episode]], tasks: Sequence[envs_base.Task],
+  memory: experience_memory.ExperienceMemory, every: int, workdir: pathlib.Path,
+) -> list[trajectory.Episode]:
+  """Plays tasks in their order; after every `every` of them the episodes join the bank.
+
+  What a task can remember depends on the order of the tasks alone, not on which slot was faster,
+  and a run that was stopped finds the same bank again. The grown bank is kept in the workdir.
+
+  Args:
+    play: `runner.play` but for tasks and memories.
+    tasks: in the order of `experience_memory.task_order`.
+    memory: of the bank as it is at the start.
+    every: tasks between two additions.
+    workdir: the run's folder.
+  """
+  memories: dict[str, memory_lib.Memory] = {}
+  episodes: list[trajectory.Episode] = []
+  for end in range(every, len(tasks) + every, every):
+    group = tasks[end - every:end]
+    if memory.index.query == 'static':
+      memories |= memory.choose(group)
+    episodes = play(tasks[:end], memories=memories, progress=end == every)
+    memory.add(episodes[end - every:], str(workdir))
+  memory.index.bank.save(workdir / 'experiences')
+  return episodes
 
 
 def _finished_row(
@@ -233,6 +312,8 @@ def _finished_row(
 def show(workdir: pathlib.Path, row: dict[str, Any]) -> None:
   """Prints the row of the run and by what its episodes ended."""
   print(summary.table([row]))
+  if dropped := row.get('memory_dropped_mean'):
+    print(f'{dropped:.2f} experiences an episode did not fit into memory_tokens')
   print('ended by: ' + ', '.join(f'{name} {n}' for name, n in row['terminations'].items()))
   print(f'episodes in {workdir / trajectory.JOURNAL_NAME}', file=sys.stderr)
 

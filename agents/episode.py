@@ -6,6 +6,9 @@
       run.receive(<what it sampled after them>)
     episode = run.result()
 
+A memory may change between two calls (`remember`): the conversation is then rendered again from the
+memory block on, and `kept` says how much of it the model still has.
+
 The conversation is kept as the ids that were rendered and sampled; nothing is tokenised twice.
 """
 
@@ -102,6 +105,10 @@ class EpisodeRun:
     self._format = formats.get_format(spec.format)
     self._templates = action_templates
     self._memory = memory
+    # Of a memory that changes: all that was ever shown, with the call from which it was.
+    self._shown: list[dict[str, Any]] = []
+    self._retrieval_tokens = self._dropped = 0
+    self._prompt_len = 0
     self._examples = examples
     self._tokens: list[int] = []
     self._kinds: list[int] = []
@@ -126,21 +133,63 @@ class EpisodeRun:
     except FAULTS as error:
       self._fail(error)
       return
-    prompt = prompts.render(
+    prompt = self._render()
+    self._tokens, self._kinds = prompt.tokens, prompt.kinds
+    self._logprobs = [0.0] * len(prompt.tokens)
+    self._prompt_len = len(prompt.tokens)
+    self._note_memory()
+
+  def remember(self, memory: memory_lib.Memory) -> None:
+    """Takes a memory for the calls to come; nothing is rendered where it finds the same again."""
+    before, self._memory = self._memory, memory
+    if memory.block(self._spec.layout) == before.block(self._spec.layout):
+      self._retrieval_tokens += memory.retrieval_tokens
+      return
+    prompt = self._render()
+    tail = slice(self._prompt_len, None)
+    tokens = prompt.tokens + self._tokens[tail]
+    differ = (i for i, (a, b) in enumerate(zip(tokens, self._tokens)) if a != b)
+    self._submitted = min(
+      self._submitted, next(differ, min(len(tokens), len(self._tokens))))
+    self._tokens, self._kinds = tokens, prompt.kinds + self._kinds[tail]
+    self._logprobs = [0.0] * len(prompt.tokens) + self._logprobs[tail]
+    self._prompt_len = len(prompt.tokens)
+    self._note_memory()
+
+  def _render(self) -> prompts.Prompt:
+    return prompts.render(
       self._tokenizer,
       system=prompts.system_text(self._format, self._spec.style, self._templates),
       task=prompts.task_text(self.task.instruction, self.first_observation),
       memory=self._memory,
       examples=self._examples,
       layout=self._spec.layout)
-    self._tokens, self._kinds = prompt.tokens, prompt.kinds
-    self._logprobs = [0.0] * len(prompt.tokens)
+
+  def _note_memory(self) -> None:
+    step = len(self._steps)
+    if not step:
+      self._shown = []
+    known = {r['id'] for r in self._shown}
+    for found in self._memory.retrieved:
+      record = dict(found)
+      if memory_lib.is_experience(record):
+        record['step'] = step
+      if record['id'] in known:
+        record['text'] = ''  # stands with its first showing
+      self._shown.append(record)
+    self._retrieval_tokens += self._memory.retrieval_tokens
+    self._dropped += self._memory.dropped
 
   def next_tokens(self) -> np.ndarray:
     """The ids, int32 [n], that the model has not been given: the prompt, then each new turn."""
     new = self._tokens[self._submitted:]
     self._submitted = len(self._tokens)
     return np.asarray(new, np.int32)
+
+  @property
+  def kept(self) -> int:
+    """Tokens at the start of the conversation that the model has and that still hold."""
+    return self._submitted
 
   def receive(
     self,
@@ -210,12 +259,17 @@ class EpisodeRun:
       tokenizer=self._tokenizer.fingerprint, tokens=self._tokens, kinds=self._kinds,
       logprobs=self._logprobs, steps=self._steps, success=success,
       score=1.0 if success else min(1.0, max(0.0, self._reward)),
-      termination=self._termination, retrieved=[dict(r) for r in self._memory.retrieved],
+      termination=self._termination, retrieved=self._shown,
       env_steps=self._counts['env_steps'], model_calls=len(self._steps),
       invalid_actions=self._counts['invalid_actions'],
       repeated_noops=self._counts['repeated_noops'],
-      retrieval_tokens=self._memory.retrieval_tokens,
+      retrieval_tokens=self._retrieval_tokens, memory_dropped=self._dropped,
       wall_s=self._ended_at - self._started_at, **total)
+
+  @property
+  def steps(self) -> Sequence[trajectory.Step]:
+    """The model calls so far."""
+    return tuple(self._steps)
 
   @property
   def answer(self) -> str:

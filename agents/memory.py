@@ -1,7 +1,9 @@
 """The memory block: what retrieval found, as text for the prompt.
 
 A kind of memory is one renderer: a function from what was retrieved to text. Hints are one bullet
-each; three of them, with the header, are 60 to 100 tokens.
+each; three of them, with the header, are 60 to 100 tokens. Experiences are whole past episodes
+(`agents.experience_memory` chooses them), the solved ones apart from the failed ones. Both can
+stand in one block.
 """
 
 import contextlib
@@ -19,23 +21,40 @@ from retrieval import select as select_lib
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What one episode remembers, chosen once at its start.
+  """What one episode remembers.
 
   Attributes:
-    kind: a key of `RENDERERS`, or 'none'.
-    retrieved: dicts of 'id', 'score' and 'text', best first.
-    retrieval_tokens: tokens that the retriever itself read for this episode.
+    kind: one of `KINDS`.
+    retrieved: dicts of 'id', 'score' and 'text', in the order of the block; an experience's has
+      'outcome' and 'provenance', too.
+    retrieval_tokens: tokens that the retriever itself read for it.
+    dropped: experiences that were left out because the block's budget was full.
   """
 
   kind: str = 'none'
   retrieved: tuple[dict[str, Any], ...] = ()
   retrieval_tokens: int = 0
+  dropped: int = 0
 
   def block(self, layout: str = 'default') -> str:
     """The block's text for a layout of `agents.prompts`; '' where nothing was retrieved."""
-    if self.kind == 'none' or not self.retrieved:
-      return ''
-    return RENDERERS[self.kind]([r['text'] for r in self.retrieved], layout)
+    parts = []
+    for kind in self.kind.split('+'):
+      if found := [r for r in self.retrieved if is_experience(r) == (kind == 'experience')]:
+        parts.append(RENDERERS[kind](found, layout))
+    return '\n\n'.join(parts)
+
+  def __add__(self, other: 'Memory') -> 'Memory':
+    """Both in one block; hints stand before experiences."""
+    kinds = [kind for kind in RENDERERS if kind in (*self.kind.split('+'), *other.kind.split('+'))]
+    return Memory(
+      '+'.join(kinds) or 'none', self.retrieved + other.retrieved,
+      self.retrieval_tokens + other.retrieval_tokens, self.dropped + other.dropped)
+
+
+def is_experience(retrieved: dict[str, Any]) -> bool:
+  """Whether what was retrieved is an experience and no hint."""
+  return bool(retrieved.get('outcome'))
 
 
 NO_MEMORY = Memory()
@@ -49,21 +68,39 @@ _HINT_HEADERS = {
     'conflicts with what you observe, go by the observation.'),
   'paper_b': 'Hints:',
 }
+_SHORT_OUTCOMES = {'success': 'Solved before:', 'failure': 'Failed before:'}
+_EXPERIENCE_HEADERS = {
+  'default': _SHORT_OUTCOMES,
+  'paper_a': _SHORT_OUTCOMES,
+  'paper_b': {
+    'success': 'Earlier attempts at similar tasks that succeeded:',
+    'failure': 'Earlier attempts at similar tasks that failed:'},
+}
 
 
-def render_hints(texts: Sequence[str], layout: str) -> str:
+def render_hints(found: Sequence[dict[str, Any]], layout: str) -> str:
   """Header and one bullet a hint."""
-  return '\n'.join([_HINT_HEADERS[layout], *(f'- {" ".join(text.split())}' for text in texts)])
+  return '\n'.join([_HINT_HEADERS[layout], *(f'- {" ".join(r["text"].split())}' for r in found)])
 
 
-RENDERERS: dict[str, Callable[[Sequence[str], str], str]] = {'hints': render_hints}
+def render_experiences(found: Sequence[dict[str, Any]], layout: str) -> str:
+  """The successes under their header, then the failures under theirs."""
+  parts = []
+  for outcome, header in _EXPERIENCE_HEADERS[layout].items():
+    if texts := [r['text'] for r in found if r['outcome'] == outcome]:
+      parts.append('\n\n'.join([f'{header}\n{texts[0]}', *texts[1:]]))
+  return '\n\n'.join(parts)
+
+
+RENDERERS: dict[str, Callable[[Sequence[dict[str, Any]], str], str]] = {
+  'hints': render_hints, 'experience': render_experiences}
+KINDS = ('none', *RENDERERS, '+'.join(RENDERERS))
 
 
 def check_kind(kind: str) -> None:
-  """Raises errors.UserError unless `kind` is 'none' or has a renderer."""
-  if kind != 'none' and kind not in RENDERERS:
-    raise errors.UserError(
-      f'There is no memory {kind!r}; there are none, {", ".join(RENDERERS)}.')
+  """Raises errors.UserError unless `kind` is one of `KINDS`."""
+  if kind not in KINDS:
+    raise errors.UserError(f'There is no memory {kind!r}; there are {", ".join(KINDS)}.')
 
 
 def hints(texts: Sequence[str]) -> Memory:

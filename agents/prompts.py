@@ -72,6 +72,11 @@ def system_text(
     f'The commands have these forms, with your objects and places filled in:\n{listed}')
 
 
+def system_for(format_name: str, style: str, action_templates: Sequence[str]) -> str:
+  """`system_text` of a reply format by name."""
+  return system_text(formats.get_format(format_name), style, action_templates)
+
+
 def task_text(instruction: str, observation: str) -> str:
   """The task part: the first observation with the instruction, once."""
   observation = observation.strip()

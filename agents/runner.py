@@ -31,6 +31,9 @@ if TYPE_CHECKING:
   # JAX comes with it, which a command's --help and its first checks need not wait for.
   from inference.engine import Engine
 
+# Dynamic retrieval: the memories of runs, asked before each of their calls.
+Recall = Callable[[Sequence[episode_lib.EpisodeRun]], Sequence[memory_lib.Memory]]
+
 
 def play(
   engine: Engine,
@@ -43,6 +46,7 @@ def play(
   *,
   memories: Mapping[str, memory_lib.Memory] | None = None,
   examples: Mapping[str, Sequence[prompts.Example]] | None = None,
+  recall: Recall | None = None,
   progress: bool = True,
   after_episode: Callable[[], None] | None = None,
 ) -> list[trajectory.Episode]:
@@ -58,6 +62,8 @@ def play(
     workdir: gets `journal.jsonl` and, when all is played, `episodes/` (TFDS).
     memories: task id -> memory, chosen at episode start; a task that is missing has none.
     examples: task type -> few-shot examples.
+    recall: gives the memories of the episodes whose turn is next, at every step (dynamic
+      retrieval); None keeps those of the start.
     progress: state the predicted minutes first and show a bar.
     after_episode: called when an episode is safe.
 
@@ -77,35 +83,53 @@ def play(
     print(_prediction(engine, spec, keeper, new_run(waiting[0])), file=sys.stderr, flush=True)
   slots: list[episode_lib.EpisodeRun | None] = [None] * engine.num_slots
 
-  def advance(slot: int, *, fresh: bool) -> None:
-    """Gives the engine the slot's new tokens; an ended episode makes room for the next task."""
-    run = slots[slot]
-    while True:
-      if run is not None and not run.done:
+  def refill(slot: int) -> None:
+    """Puts the next task whose game starts into the slot."""
+    slots[slot] = None
+    while waiting and slots[slot] is None:
+      run = new_run(waiting.popleft())
+      run.start()
+      if run.done:
+        keeper.keep(run)
+      else:
+        slots[slot] = run
+
+  def advance(ready: list[int]) -> None:
+    """Gives the engine the new tokens of slots; an ended episode makes room for the next task."""
+    while ready:
+      for slot in ready:
+        run = slots[slot]
+        if run is None or run.done:
+          if run is not None:
+            keeper.keep(run)
+          refill(slot)
+      ready = [slot for slot in ready if slots[slot] is not None]
+      if recall is not None and ready:
+        runs = [slots[slot] for slot in ready]
+        for run, memory in zip(runs, recall(runs), strict=True):
+          run.remember(memory)
+      overflown = []
+      for slot in ready:
+        run = slots[slot]
+        fresh, keep = not run.steps, run.kept
         try:
           engine.submit(
-            slot, run.next_tokens(), spec.max_new_tokens, reset=fresh,
+            slot, run.next_tokens(), spec.max_new_tokens, reset=fresh, keep=None if fresh else keep,
             seed=_seed(labels, run.task) if fresh else None)
-          return
         except ContextOverflow:
           run.overflow()
-      if run is not None:
-        keeper.keep(run)
-      slots[slot] = run = new_run(waiting.popleft()) if waiting else None
-      if run is None:
-        return
-      run.start()
-      fresh = True
+          overflown.append(slot)
+      ready = overflown
 
   with keeper:
-    for slot in range(engine.num_slots):
-      advance(slot, fresh=True)
+    advance(list(range(engine.num_slots)))
     while any(slots):
-      for completion in engine.step():
+      completions = engine.step()
+      for completion in completions:
         slots[completion.slot].receive(
           completion.tokens, completion.logprobs, stop_reason=completion.stop_reason,
           prefilled_tokens=completion.prefilled_tokens)
-        advance(completion.slot, fresh=False)
+      advance([completion.slot for completion in completions])
   return keeper.finish()
 
 

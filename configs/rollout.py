@@ -38,16 +38,31 @@ DEFAULTS = dict(
   agent='react',  # plain, react, stateact, expert
   expert_format='react',  # the format in which agent=expert writes its replies
   expert_knows_rules=False,  # whether it is told the rules of the house, or has to find them
+  expert_error_rate=0.0,  # errors on purpose per decision, for banks that need failures
   expert_thoughts=True,  # whether its replies (and few-shot examples) state its reasons
   layout='default',  # default, paper_a, paper_b
   prompt='short',  # short, full
   few_shots=0,  # solved tasks of the own type from the training split
   # Memory.
-  memory='none',  # none, hints
+  memory='none',  # none, hints, experience, hints+experience
   bank='',  # the JSON of python -m retrieval.hints
   k=3,
   retrieval='minilm',  # minilm, bm25, fixed, random
-  leave_one_out=True,
+  leave_one_out=True,  # of hints; experiences of the own task are always left out
+  # Experiences (arXiv 2603.18272).
+  experiences='',  # the folder of python -m retrieval.experience
+  experience_k=2,
+  experience_retrieval='minilm',  # an encoder of retrieval/encoders.py, bm25, random
+  query='static',  # static, once by the task; dynamic, at every step by the history
+  experience_format='chat',  # chat, flat, summary
+  outcomes='all',  # all, success, failure
+  same_type=False,  # only of the own task type
+  diversity=0.0,  # weight of maximal marginal relevance, 0..1
+  block_order='best_first',  # best_first, best_last
+  memory_tokens=0,  # budget of the experiences; the least similar is left out whole; 0 is none
+  exact_below=20_000,  # experiences from which the index is approximate
+  leaves_searched=0.2,  # share of its tree that a query visits
+  grow=0,  # episodes after which those played join the bank; 0 never
   # The engine and the limits of an episode.
   slots=8,
   max_context=2048,

@@ -87,10 +87,14 @@ class Episode:
     success: whether the task was solved.
     score: 0 to 1.
     termination: why it ended, one of `TERMINATIONS`.
-    retrieved: what the memory block was built from: dicts of 'id', 'score', 'text'.
+    retrieved: what the memory block was built from: dicts of 'id', 'score', 'text'; those of
+      experiences also of 'outcome' ('success' or 'failure'), 'provenance' and 'step', the model
+      call before which it was put there. Where the memory changed in between, every later block
+      follows, an experience that was shown before with the text ''; `tokens` hold the last one.
     env_steps, model_calls, invalid_actions, repeated_noops: counts.
     prompt_tokens, prefilled_tokens, generated_tokens: sums over the calls.
     retrieval_tokens: tokens spent on retrieval itself.
+    memory_dropped: experiences left out because the memory block's budget was full.
     wall_s: seconds from reset to end.
   """
 
@@ -122,6 +126,7 @@ class Episode:
   prefilled_tokens: int = 0
   generated_tokens: int = 0
   retrieval_tokens: int = 0
+  memory_dropped: int = 0
   wall_s: float = 0.0
 
   def __post_init__(self):

@@ -76,6 +76,7 @@ def row(
     'prefilled_tokens_mean': mean('prefilled_tokens'),
     'generated_tokens_mean': mean('generated_tokens'),
     'retrieval_tokens_mean': mean('retrieval_tokens'),
+    'memory_dropped_mean': mean('memory_dropped'),
     'invalid_actions_mean': mean('invalid_actions'),
     'terminations': dict(sorted(collections.Counter(e.termination for e in episodes).items())),
   }

@@ -223,6 +223,7 @@ class Engine:
     max_new_tokens: int,
     *,
     reset: bool = False,
+    keep: int | None = None,
     seed: int | None = None,
   ) -> None:
     """Queues a turn; `step` computes it.
@@ -232,12 +233,15 @@ class Engine:
       tokens: int32 [n], new tokens. The last token sampled in the slot is put before them here.
       max_new_tokens: at least 1.
       reset: begins a new conversation: the slot's tokens are forgotten.
+      keep: goes on after that many tokens of the slot's conversation and forgets the rest; None
+        keeps all. What is kept stays cached.
       seed: of the request's random stream, from `reset` on. By default the number of the request,
         which makes draws depend on the order of submission; pass one for draws that do not.
 
     Raises:
       ContextOverflow: conversation, new tokens and max_new_tokens exceed max_len together.
-      ValueError: the slot has a turn in progress, or there is nothing to condition on.
+      ValueError: the slot has a turn in progress, there is nothing to condition on, or `keep` is
+        more than there is.
     """
     state = self._slots[slot]
     if state.running:
@@ -246,6 +250,11 @@ class Engine:
       raise ValueError(f'max_new_tokens={max_new_tokens} is not positive.')
     tokens = np.asarray(tokens, np.int32).reshape(-1)
     length, last = (0, None) if reset else (state.length, state.last)
+    if keep is not None and not reset:
+      if not 0 <= keep <= self.length(slot):
+        raise ValueError(f'Slot {slot} has {self.length(slot)} tokens and cannot keep {keep}.')
+      if keep <= length:
+        length, last = keep, None
     if last is not None:
       tokens = np.concatenate([np.asarray([last], np.int32), tokens])
     if not len(tokens):

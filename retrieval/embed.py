@@ -20,16 +20,21 @@ class TextEmbedder:
     tokens_read: tokens that the encoder has read so far; texts answered from memory cost none.
   """
 
-  def __init__(self, encoder: Any, path: str | os.PathLike | None = None):
+  def __init__(
+    self, encoder: Any, path: str | os.PathLike | None = None, *, queries: bool = False
+  ):
     """Wraps an encoder.
 
     Args:
-      encoder: has `encode(list of texts) -> float32 [N, D]`, L2-normalised, `count_tokens(text)`
-        and `fingerprint`.
+      encoder: as `retrieval.encoders` says.
       path: .npz file that keeps the vectors between runs; None keeps them in memory only. Vectors
         of another encoder in it are not used.
+      queries: the texts are queries, which some encoders read differently.
     """
     self._encoder = encoder
+    self._encode = encoder.encode
+    if queries:
+      self._encode = getattr(encoder, 'encode_queries', encoder.encode)
     self._path = pathlib.Path(path) if path is not None else None
     self._vectors: dict[str, np.ndarray] = {}
     self.tokens_read = 0
@@ -54,7 +59,7 @@ class TextEmbedder:
     keys = [_key(text) for text in texts]
     new = {k: t for k, t in zip(keys, texts) if k not in self._vectors}
     if new:
-      vectors = np.asarray(self._encoder.encode(list(new.values())), np.float32)
+      vectors = np.asarray(self._encode(list(new.values())), np.float32)
       self._vectors.update(zip(new, vectors))
       self.tokens_read += sum(self.count_tokens(t) for t in new.values())
     if not keys:

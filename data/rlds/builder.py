@@ -36,6 +36,9 @@ EPISODE_FIELDS = {
   if f.name not in ('tokens', 'kinds', 'logprobs', 'steps', 'retrieved')
 }
 
+# What `Episode.retrieved` says of an experience and not of a hint, with what stands for nothing.
+_OF_EXPERIENCES = {'outcome': '', 'provenance': '', 'step': 0}
+
 
 def features() -> tfds.features.FeaturesDict:
   """The feature tree of one episode."""
@@ -53,6 +56,10 @@ def features() -> tfds.features.FeaturesDict:
           'id': _feature(str),
           'score': _feature(float),
           'text': _feature(str),
+          # Of experiences; '' and 0 for hints.
+          'outcome': _feature(str),
+          'provenance': _feature(str),
+          'step': _feature(int),
         }
       ),
       'steps': tfds.features.Dataset(step),
@@ -80,7 +87,11 @@ def to_example(episode: schema.Episode) -> dict[str, Any]:
     )
   example = {name: kind(getattr(episode, name)) for name, kind in EPISODE_FIELDS.items()}
   arrays = {name: getattr(episode, name) for name in ('tokens', 'kinds', 'logprobs')}
-  return example | arrays | {'retrieved': episode.retrieved, 'steps': steps}
+  retrieved = [
+    {**found, **{name: found.get(name, default) for name, default in _OF_EXPERIENCES.items()}}
+    for found in episode.retrieved
+  ]
+  return example | arrays | {'retrieved': retrieved, 'steps': steps}
 
 
 def from_example(example: dict[str, Any]) -> schema.Episode:
@@ -102,11 +113,21 @@ def from_example(example: dict[str, Any]) -> schema.Episode:
     {'id': plain(i, str), 'score': float(score), 'text': plain(text, str)}
     for i, score, text in zip(found['id'], found['score'], found['text'])
   ]
+  # Stores written before there were experiences lack their fields.
+  for i, outcome in enumerate(found.get('outcome', ())):
+    if outcome:
+      retrieved[i] |= {
+        name: plain(found[name][i], type(default)) for name, default in _OF_EXPERIENCES.items()
+      }
   return schema.Episode(
     steps=steps,
     retrieved=retrieved,
     **{name: example[name] for name in ('tokens', 'kinds', 'logprobs')},
-    **{name: plain(example[name], kind) for name, kind in EPISODE_FIELDS.items()},
+    **{
+      name: plain(example[name], kind)
+      for name, kind in EPISODE_FIELDS.items()
+      if name in example
+    },
   )
 
 

@@ -124,13 +124,13 @@ class ScriptedEngine:
     self._pending: dict[int, tuple[int, int]] = {}
     self.submitted = 0
 
-  def submit(self, slot, tokens, max_new_tokens, *, reset=False, seed=None):
+  def submit(self, slot, tokens, max_new_tokens, *, reset=False, keep=None, seed=None):
     assert slot not in self._pending and len(tokens)
-    cached = 0 if reset else len(self.context[slot])
+    cached = 0 if reset else len(self.context[slot]) if keep is None else keep
+    assert cached <= len(self.context[slot])
     if cached + len(tokens) + max_new_tokens > self.max_len:
       raise self._overflow(f'{cached} + {len(tokens)}')
-    if reset:
-      self.context[slot] = []
+    self.context[slot] = self.context[slot][:cached]
     self.context[slot] += [int(t) for t in tokens]
     self.submitted += len(tokens)
     self._pending[slot] = (len(tokens), max_new_tokens)

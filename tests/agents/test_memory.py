@@ -50,8 +50,8 @@ def test_bad_banks_methods_and_kinds(bank, tmp_path):
     memory.load_index(tmp_path / 'nothing.json', 'bm25')
   with pytest.raises(errors.UserError, match='tfidf'):
     memory.load_index(bank, 'tfidf')
-  with pytest.raises(errors.UserError, match='experience'):
-    memory.check_kind('experience')
+  with pytest.raises(errors.UserError, match='none, hints, experience'):
+    memory.check_kind('dreams')
 
 
 def test_minilm_retrieval(bank, minilm_path, tmp_path):

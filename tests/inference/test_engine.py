@@ -268,3 +268,29 @@ def test_attend_buckets_reach_the_whole_slot_and_grow():
   lengths = attend_buckets(32768)
   assert lengths[-1] == 32768 and len(lengths) < 40
   assert all(b <= 1.5 * a for a, b in itertools.pairwise(lengths[1:]))
+
+
+def test_a_conversation_that_is_kept_in_part_goes_on_as_if_the_rest_had_never_been():
+  conversation = engine()
+  conversation.submit(0, [20, 21, 22, 23, 24, 25], 3, reset=True)
+  conversation.submit(1, [30, 31], 3, reset=True)
+  for completion in conversation.run_until_complete():
+    if completion.slot == 0:
+      whole = [20, 21, 22, 23, 24, 25, *completion.tokens.tolist()]
+  for keep, new in ((3, [40, 41]), (5, [42]), (0, [20, 50]), (2, [20] * 9)):
+    before = conversation.length(0)
+    assert keep <= before
+    conversation.submit(0, new, 2, keep=keep)
+    [completion] = conversation.run_until_complete()
+    assert completion.prefilled_tokens == len(new) and completion.prompt_tokens == keep + len(new)
+    whole = [*whole[:keep], *new]
+    assert_greedy(whole, completion, 2)
+  # Keeping all is going on: the last sampled token, which no cache holds, comes first.
+  length = conversation.length(0)
+  conversation.submit(0, [44], 2, keep=length)
+  [completion] = conversation.run_until_complete()
+  assert completion.prefilled_tokens == 2
+  whole.append(44)
+  assert_greedy(whole, completion, 2)
+  with pytest.raises(ValueError, match='cannot keep 99'):
+    conversation.submit(0, [44], 2, keep=99)

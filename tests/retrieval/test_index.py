@@ -1,7 +1,6 @@
 """ScaNN against NumPy."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -66,22 +65,85 @@ def test_save_and_load_small(tmp_path):
       loaded.search(queries, 2)[0], index_lib.exact_search(keys, queries, 2)[0])
 
 
-def test_without_scann_small_banks_are_searched_and_large_ones_name_the_package(
-    tmp_path, monkeypatch):
-  keys, queries = _vectors(30), _vectors(3, seed=1)
-  index_lib.VectorIndex.build(keys, exact_below=1).save(tmp_path / 'tree')
-  monkeypatch.setitem(sys.modules, 'scann', None)
-  index = index_lib.VectorIndex.build(keys)
+def test_without_scann_the_same_interface_finds_the_same(tmp_path, monkeypatch):
+  keys, queries = _vectors(300), _vectors(70, seed=1)
+  index_lib.VectorIndex.build(keys, exact_below=1, leaves_searched=1.0).save(tmp_path / 'tree')
+  monkeypatch.setattr(index_lib, '_scann', lambda: None)
+  index = index_lib.VectorIndex.build(keys[:30])
   assert index.report == index_lib.IndexReport('exact', 30, 1.0, 10)
-  for found, wanted in zip(index.search(queries, 4), index_lib.exact_search(keys, queries, 4)):
+  for found, wanted in zip(index.search(queries, 4), index_lib.exact_search(keys[:30], queries, 4)):
     np.testing.assert_array_equal(found, wanted)
   index.save(tmp_path / 'exact')
   loaded = index_lib.VectorIndex.load(tmp_path / 'exact')
   np.testing.assert_array_equal(loaded.search(queries, 4)[0], index.search(queries, 4)[0])
-  with pytest.raises(errors.UserError, match=r'package scann'):
-    index_lib.VectorIndex.build(keys, exact_below=1)
-  with pytest.raises(errors.UserError, match=r'package scann'):
-    index_lib.VectorIndex.load(tmp_path / 'tree')
+  # Large banks lie on the device; so does a tree that another machine's ScaNN wrote.
+  wanted, scores = index_lib.exact_search(keys, queries, 4)
+  device = index_lib.VectorIndex.build(keys, exact_below=1)
+  for large in (device, index_lib.VectorIndex.load(tmp_path / 'tree')):
+    assert large.report.kind == 'approx_max_k' and large.report.recall > 0.95
+    found, found_scores = large.search(queries, 4)
+    assert np.mean(found == wanted) > 0.95
+    np.testing.assert_allclose(found_scores[found == wanted], scores[found == wanted], atol=1e-5)
+  device.add(queries[:1])
+  assert device.search(queries[:1], 1)[0].tolist() == [[300]]
+
+
+@pytest.mark.parametrize('exact_below', [1, 10_000])
+def test_added_keys_are_found_and_the_old_ones_keep_their_ids(exact_below, monkeypatch):
+  keys, new = _vectors(500), _vectors(40, seed=3)
+  index = index_lib.VectorIndex.build(keys, exact_below=exact_below, leaves_searched=1.0)
+  built = []
+  monkeypatch.setattr(index_lib, '_searcher', lambda *args: built.append(args))
+  index.add(new)
+  assert not built, 'only the new keys are indexed'
+  assert index.size == 540 and index.report.recall >= 0.95
+  assert index.search(new, 1)[0][:, 0].tolist() == list(range(500, 540))
+  assert np.mean(index.search(keys, 1)[0][:, 0] == np.arange(500)) > 0.99
+
+
+def test_a_bank_that_outgrows_exact_scoring_becomes_a_tree():
+  index = index_lib.VectorIndex.build(_vectors(90), exact_below=100, leaves_searched=1.0)
+  index.add(_vectors(30, seed=2))
+  assert index.report.kind == 'tree_ah' and index.size == 120
+  empty = index_lib.VectorIndex.build(np.zeros((0, 0)))
+  empty.add(_vectors(3))
+  assert empty.search(_vectors(3), 1)[0].tolist() == [[0], [1], [2]]
+
+
+def test_a_loaded_index_takes_keys(tmp_path):
+  index_lib.VectorIndex.build(_vectors(300), exact_below=1, leaves_searched=1.0).save(tmp_path)
+  index = index_lib.VectorIndex.load(tmp_path)
+  index.add(_vectors(5, seed=4))
+  assert index.search(_vectors(5, seed=4), 1)[0][:, 0].tolist() == [300, 301, 302, 303, 304]
+
+
+def test_a_recall_that_is_too_low_says_what_to_raise():
+  with pytest.raises(errors.UserError, match=r'raise leaves_searched \(0.02\).*exact_below'):
+    index_lib.VectorIndex.build(_vectors(3000), exact_below=1, leaves_searched=0.02)
+
+
+@pytest.mark.parametrize('name', ['keys.npy', 'scann/dataset.npy', 'scann/hashed_dataset.npy'])
+@pytest.mark.parametrize('how', ['short', 'flipped', 'gone'])
+def test_torn_files_are_named(tmp_path, name, how):
+  index_lib.VectorIndex.build(_vectors(300), exact_below=1, leaves_searched=1.0).save(tmp_path)
+  path = tmp_path / name
+  data = bytearray(path.read_bytes())
+  data[-1] ^= 1
+  path.write_bytes(bytes(data) if how == 'flipped' else bytes(data[:-40]))
+  if how == 'gone':
+    path.unlink()
+  with pytest.raises(errors.UserError, match=f'{path.name} is torn.*build the index again'):
+    index_lib.VectorIndex.load(tmp_path)
+
+
+def test_an_index_that_was_being_written_is_none(tmp_path, monkeypatch):
+  index = index_lib.VectorIndex.build(_vectors(30))
+  index.save(tmp_path)
+  monkeypatch.setattr(index_lib.np, 'save', lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    index.save(tmp_path)
+  with pytest.raises(errors.UserError, match='no complete index'):
+    index_lib.VectorIndex.load(tmp_path)
 
 
 def test_bad_input(tmp_path):
@@ -89,3 +151,10 @@ def test_bad_input(tmp_path):
     index_lib.VectorIndex.build(np.full((2, 3), np.nan))
   with pytest.raises(errors.UserError, match='no complete index'):
     index_lib.VectorIndex.load(tmp_path / 'nothing')
+  index = index_lib.VectorIndex.build(_vectors(4))
+  with pytest.raises(errors.UserError, match=r'width 32 and the encoder gives 8'):
+    index.search(_vectors(1, 8), 2)
+  with pytest.raises(errors.UserError, match=r'width 32 and the encoder gives 8'):
+    index.add(_vectors(1, 8))
+  with pytest.raises(errors.UserError, match='leaves_searched must lie in'):
+    index_lib.VectorIndex.build(_vectors(4), leaves_searched=0.0)

@@ -1,0 +1,34 @@
+"""Sentence encoders by name.
+
+An encoder has
+
+  encode(texts) -> float32 [N, D], L2-normalised, whatever the length of the texts;
+  encode_queries(texts), where queries are written differently from what they are compared with;
+  count_tokens(text): the tokens that it reads for a text;
+  dim: D;  fingerprint: of its weights, since vectors of another encoder are not comparable.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from data import errors
+
+
+def _minilm() -> Any:
+  # Imported here: only dense retrieval needs an encoder and its weights.
+  from models import encoder, pretrained
+  return encoder.load_encoder(pretrained.fetch('minilm'))
+
+
+ENCODERS: dict[str, Callable[[], Any]] = {'minilm': _minilm}
+
+
+def load(name: str) -> Any:
+  """Loads the encoder of that name.
+
+  Raises:
+    errors.UserError: there is none, or its weights are not to be had.
+  """
+  if name not in ENCODERS:
+    raise errors.UserError(f'There is no encoder {name!r}; there are {", ".join(ENCODERS)}.')
+  return ENCODERS[name]()
