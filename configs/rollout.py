@@ -31,7 +31,7 @@ DEFAULTS = dict(
   episodes=0,  # the first N tasks of the split; 0 is all of them
   skip=0,  # tasks of the split that are left out before them
   task_types='',  # comma list; '' is all
-  skills='official',  # household: the rules of the houses: official, warm, loop, hard
+  skills='official',  # household: the rules of the houses: official, warm, loop, hard, easy
   env_seed=0,  # of generated rules and houses
   env_options='',  # further options of the suite: key:value;key:low-high
   # The agent.

@@ -262,7 +262,7 @@ def skill_game(
   States and task types take turns, so that every state is asked equally often.
 
   Args:
-    pool: 'warm', 'loop' or 'hard'.
+    pool: a key of `household_skills.POOLS`.
     seed: chooses the rules and the houses.
     split: 'train', 'valid_seen' or 'valid_unseen'.
     index: number of the game, from 0.

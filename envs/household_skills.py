@@ -2,13 +2,15 @@
 
 A skill is a rule: a thing gets STATE by VERB at APPLIANCE. Words are common, lower case and (nearly
 all) one token each; none belongs to the official game, and which verb at which appliance brings
-which state is drawn at random, so that no word gives a rule away. Three disjoint pools of states:
+which state is drawn at random, so that no word gives a rule away. Disjoint pools of states:
 
   warm: rules are redrawn for every episode; a model can learn to read a rule, never to know one.
   loop: every state has exactly one rule per seed; what hint distillation can internalise.
   hard: likewise, on states that nothing is trained on; what only retrieval can supply.
+  easy: likewise, many of them; what experience retrieval is trained on.
 
-No (verb, appliance) pair of the loop's or the hard table occurs in a warm episode of that seed.
+No (verb, appliance) pair of the loop's or the hard table occurs in a warm episode or in the easy
+table of that seed.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ POOLS = {
     'silver', 'woven', 'crisp', 'round', 'dense', 'purple',
     'orange', 'fluffy', 'sharp', 'oily', 'glossy', 'rustic',
   ),
+  'easy': (
+    'tall', 'thin', 'wide', 'dark', 'heavy', 'plain', 'ancient', 'gentle',
+    'wild', 'quiet', 'loud', 'rich', 'thick', 'narrow', 'deep', 'steep',
+    'rigid', 'fragile', 'tight', 'loose', 'gray', 'brown', 'violet', 'royal',
+    'modern', 'rare', 'frozen', 'wooden', 'metallic', 'marble', 'spicy', 'creamy',
+  ),
 }  # fmt: skip
 VERBS = (
   'spin', 'shake', 'roll', 'fold', 'wrap', 'seal', 'dip', 'soak',
@@ -55,7 +63,7 @@ def draw(
   """The table of a pool: one rule for each of its states.
 
   Args:
-    pool: 'warm', 'loop' or 'hard'.
+    pool: a key of `POOLS`.
     seed: chooses the rules.
     episode: redraws the warm table; without effect on the others.
     precondition_rate: share of rules with a precondition, 0..1.
@@ -72,6 +80,9 @@ def draw(
   if pool == 'warm':
     kept = {(r.verb, r.appliance) for name in ('loop', 'hard') for r in draw(name, seed)}
     return _table(pool, f'{seed} warm {episode}', kept, precondition_rate)
+  if pool == 'easy':
+    kept = {(r.verb, r.appliance) for name in ('loop', 'hard') for r in draw(name, seed)}
+    return _table(pool, f'{seed} easy', kept, precondition_rate)
   taken = {(r.verb, r.appliance) for r in draw('loop', seed)} if pool == 'hard' else ()
   return _table(pool, f'{seed} {pool}', taken, precondition_rate)
 

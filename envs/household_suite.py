@@ -138,7 +138,7 @@ class HouseholdSuite:
 
     Args:
       data: folder with ALFWorld's layout, or 'generated'.
-      skills: 'official' rules, or the pool 'warm', 'loop' or 'hard' of generated ones.
+      skills: 'official' rules, or a pool of generated ones: 'warm', 'loop', 'hard', 'easy'.
       seed: of generated rules and houses.
       task_types: only these families, or this one; () for all.
       num_train: training tasks; 0 for all there are (generated: 1,200).

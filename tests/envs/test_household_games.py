@@ -36,9 +36,9 @@ def play(data, known_rules=(), max_steps=50, **options):
 
 def test_pools_are_disjoint_and_no_word_is_used_twice():
   states = list(itertools.chain(*household_skills.POOLS.values()))
-  assert [len(household_skills.POOLS[pool]) for pool in POOLS] == [24, 12, 12]
+  assert [len(household_skills.POOLS[pool]) for pool in POOLS] == [24, 12, 12, 32]
   words = [*states, *household_skills.VERBS, *household_skills.APPLIANCES]
-  assert len(set(words)) == len(words) == 112
+  assert len(set(words)) == len(words) == 144
   official = {'hot', 'cool', 'cold', 'clean', 'sliced', 'open', 'closed', 'on', 'off'}
   official |= {'heat', 'slice', 'use', 'take', 'move', 'go', 'examine', 'look', 'inventory', 'help'}
   official |= {name.lower() for name in household_official.FITS}
@@ -51,10 +51,13 @@ def test_warm_rules_change_and_never_give_the_others_away(seed):
   loop = household_skills.draw('loop', seed)
   hard = household_skills.draw('hard', seed)
   assert loop == household_skills.draw('loop', seed, 5)
-  for table in (loop, hard):
+  easy = household_skills.draw('easy', seed)
+  assert easy == household_skills.draw('easy', seed, 5)
+  for table in (loop, hard, easy):
     assert len({rule.appliance for rule in table}) == len(table)
   kept = {(rule.verb, rule.appliance) for rule in loop + hard}
   assert len(kept) == 24
+  assert not kept & {(rule.verb, rule.appliance) for rule in easy}
   seen = collections.defaultdict(set)
   for episode in range(100):
     for rule in household_skills.draw('warm', seed, episode):
