@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from data.errors import UserError
 
-SUITES = ('household',)
+SUITES = ('household', 'webshop')
 # What a broken environment may raise: it ends its own episode and not the run. Planners that were
 # programs call sys.exit.
 FAULTS = (Exception, SystemExit)
@@ -127,6 +127,9 @@ def suite_maker(name: str) -> Callable[..., Suite]:
     # Suites import this module, and an optional package is wanted only by those who use it.
     from envs.household_suite import HouseholdSuite
     return HouseholdSuite
+  if name == 'webshop':
+    from envs.webshop import WebShopSuite
+    return WebShopSuite
   if not colon or not module_name or not attribute:
     raise UserError(
       f'Unknown environment {name!r}; there is {", ".join(SUITES)}, or your own as MODULE:NAME.')

@@ -37,6 +37,8 @@ from data import workdir as workdir_lib
 OUT = pathlib.Path(__file__).parents[1] / 'results' / 'bench_train.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'torch', 'transformers', 'peft', 'numpy')
 _RESAMPLES = 10_000
+LEARNING_RATE = 2e-4  # constant, AdamW, gradients clipped at norm 1
+WARM_STEPS = 2  # before the clock starts, compilation included
 PEER_SETTINGS = tuple(
   {'dtype': dtype, 'layout': layout, 'compile': compiled}
   for compiled, layout, dtype in itertools.product(
@@ -130,7 +132,8 @@ def run_job(module: str, job: Mapping[str, Any], folder: pathlib.Path) -> dict[s
   path.write_text(json.dumps(dict(job)))
   out.unlink(missing_ok=True)
   done = subprocess.run(
-    [sys.executable, '-m', module, str(path), str(out)], capture_output=True, text=True,
+    [sys.executable, '-c', f'from {module} import run_file; run_file({str(path)!r}, {str(out)!r})'],
+    capture_output=True, text=True,
     cwd=pathlib.Path(__file__).parents[2], env=dict(os.environ, **job.get('environment', {})))
   if done.returncode or not out.exists():
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -239,7 +242,7 @@ def prepare(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   if has_weights:
     config, params = weights.load_pretrained(path, 'float32')
     weights.export_pretrained(folder / 'model', config, params)
-    lora = LoraConfig(values['rank'], values['alpha'])
+    lora = LoraConfig(values['rank'], 2.0 * values['rank'])
     model = decoder.from_params(config, params, lora, seed=0)
     weights.export_peft(
       folder / 'adapter', config, lora, jax.device_get(decoder.to_params(model.lora)),
@@ -266,7 +269,8 @@ def prepare(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     'model': name, 'folder': model_folder, 'adapter': str(folder / 'adapter'),
     'data': str(folder / 'data.npz'), 'hf_settings': weights.hf_settings(config),
     **{key: values[key] for key in (
-      'device', 'rank', 'alpha', 'learning_rate', 'batch_rows', 'remat', 'warm_steps', 'steps')}}
+      'device', 'rank', 'batch_rows', 'remat', 'steps')},
+    'alpha': 2.0 * values['rank'], 'learning_rate': LEARNING_RATE, 'warm_steps': WARM_STEPS}
 
 
 def run(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,7 +333,7 @@ def setting_name(setting: Mapping[str, Any]) -> str:
 
 _FLAGS = (
   'peer', 'peer_settings', 'model', 'device', 'dtype', 'remat', 'row_len', 'batch_rows', 'episodes',
-  'rank', 'alpha', 'learning_rate', 'warm_steps', 'steps')
+  'rank', 'steps')
 
 
 def main(_) -> None:
@@ -352,10 +356,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('row_len', 1024, 'Tokens of a packed row.')
   flags.DEFINE_integer('batch_rows', 2, 'Rows of a step; padded batches hold as many tokens.')
   flags.DEFINE_integer('episodes', 400, 'Expert episodes to train on.')
-  flags.DEFINE_integer('rank', 16, 'Of the adapter, on all seven projections.')
-  flags.DEFINE_float('alpha', 32.0, 'Of the adapter.')
-  flags.DEFINE_float('learning_rate', 2e-4, 'Constant, AdamW, gradients clipped at norm 1.')
-  flags.DEFINE_integer('warm_steps', 2, 'Steps before the clock starts, compilation included.')
+  flags.DEFINE_integer('rank', 16, 'Of the adapter on all seven projections; alpha is twice that.')
   flags.DEFINE_integer('steps', 12, 'Timed steps.')
   flags.DEFINE_string('out', str(OUT), 'JSON file to write.')
   cli.run(main, required=())

@@ -1,9 +1,8 @@
-"""One timed run of our train step, for experiments/bench/train.py: JOB.json RECORD.json."""
+"""One timed run of our train step, for experiments/bench/train.py."""
 
 import json
 import pathlib
 import resource
-import sys
 import time
 
 import jax
@@ -73,6 +72,6 @@ def run(job: dict) -> dict:
     'device_name': jax.devices()[0].device_kind}
 
 
-if __name__ == '__main__':
-  pathlib.Path(sys.argv[2]).write_text(json.dumps(run(json.loads(
-    pathlib.Path(sys.argv[1]).read_text()))))
+def run_file(job: str, out: str) -> None:
+  """Runs the job of one JSON file and writes the record to another."""
+  pathlib.Path(out).write_text(json.dumps(run(json.loads(pathlib.Path(job).read_text()))))

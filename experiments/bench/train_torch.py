@@ -1,4 +1,4 @@
-"""One timed run of `transformers` + `peft`, for experiments/bench/train.py: JOB.json RECORD.json.
+"""One timed run of `transformers` + `peft`, for experiments/bench/train.py.
 
 The same rows in the same order as ours where packed, so that the losses can be compared.
 """
@@ -6,7 +6,6 @@ The same rows in the same order as ours where packed, so that the losses can be 
 import json
 import pathlib
 import resource
-import sys
 import time
 
 import numpy as np
@@ -111,6 +110,6 @@ def run(job: dict) -> dict:
           'first_step_s': seconds[0], 'peak_bytes': peak}
 
 
-if __name__ == '__main__':
-  pathlib.Path(sys.argv[2]).write_text(json.dumps(run(json.loads(
-    pathlib.Path(sys.argv[1]).read_text()))))
+def run_file(job: str, out: str) -> None:
+  """Runs the job of one JSON file and writes the record to another."""
+  pathlib.Path(out).write_text(json.dumps(run(json.loads(pathlib.Path(job).read_text()))))

@@ -78,11 +78,20 @@ class Browser:
       self._process.kill()
       self._process.wait()
 
-  def open(self, path: pathlib.Path) -> None:
-    """Opens a file and waits for its load event."""
+  def open(self, page: pathlib.Path | str) -> None:
+    """Opens a file or an address and waits for its load event."""
     self.console.clear()
     self._events.clear()
-    self._call('Page.navigate', url=path.as_uri())
+    self._call('Page.navigate', url=page if isinstance(page, str) else page.as_uri())
+    self._wait_for_load()
+
+  def follow(self, script: str) -> None:
+    """Runs JavaScript that leads to another page, and waits for that."""
+    self._events.clear()
+    self.run(script)
+    self._wait_for_load()
+
+  def _wait_for_load(self) -> None:
     deadline = time.monotonic() + self._timeout_s
     while not any(e['method'] == 'Page.loadEventFired' for e in self._events):
       self._receive(deadline)
