@@ -21,12 +21,19 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+  window: int = 0,
+  is_local: jax.Array | None = None,
 ) -> jax.Array:
   """Causal attention within whole rows: splash attention on a TPU, elsewhere in blocks.
 
-  The blocks: at most MAX_BLOCKS of queries, each against the keys up to its end, so that nearly
-  half of the square is never computed. The backward pass computes the scores of a block anew (as
+  The blocks: at most MAX_BLOCKS of queries, each against the keys from its window's start to its
+  end, so that nearly half of the square, or all outside the window, is never computed. The backward
+  pass computes the scores of a block anew (as
   FlashAttention does, arXiv 2205.14135): no layer keeps T x S numbers.
 
   Args:
@@ -34,6 +41,8 @@ def attention(
     k: [B, T, K, H], rotated. Its dtype is that of all products' operands.
     v: [B, T, K, H].
     segment_ids: int32 [B, T] of packed rows: a token sees only its own segment.
+    window: a token sees so many of the newest tokens, itself included; 0 is all of them.
+    is_local: bool [], whether the window holds; None is True. Only one of the two is computed.
 
   Returns:
     float32 [B, T, N, H].
@@ -41,17 +50,32 @@ def attention(
   batch, width, heads, head_dim = q.shape
   kv_heads = k.shape[2]
   q = (q * head_dim**-0.5).astype(k.dtype)
+  if window >= width:
+    window = 0
   if platform.name() == 'tpu':
     if segment_ids is None:
       segment_ids = jnp.zeros((batch, width), jnp.int32)
-    return splash.splash_attention(q, k, v, segment_ids).astype(jnp.float32)
+
+    def run(window):
+      return splash.splash_attention(q, k, v, segment_ids, window=window).astype(jnp.float32)
+
+    return _choose(run, window, is_local)
   q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  out = _blocked(q, k, v, segment_ids)
+  out = _choose(functools.partial(_blocked, q, k, v, segment_ids), window, is_local)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+def _choose(run, window: int, is_local: jax.Array | None) -> jax.Array:
+  """run(window) where `is_local`, else run(0): a branch, of which one side is computed."""
+  if not window or is_local is None:
+    return run(window)
+  return jax.lax.cond(is_local, lambda: run(window), lambda: run(0))
+
+
+def cached_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, window: int = 0
+) -> jax.Array:
   """Attention of the newest tokens over a cache that holds them already.
 
   Args:
@@ -59,6 +83,7 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
     k: [B, K, H, S], rotated. Its dtype is that of both products' operands.
     v: [B, K, S, H].
     lengths: int32 [B].
+    window: as in `attention`.
 
   Returns:
     float32 [B, T, N, H].
@@ -67,6 +92,8 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
   kv_heads = k.shape[1]
   index = lengths[:, None] + jnp.arange(width)
   mask = jnp.arange(k.shape[-1]) <= index[:, :, None]
+  if window:
+    mask &= jnp.arange(k.shape[-1]) > index[:, :, None] - window
   q = (q * head_dim**-0.5).astype(k.dtype)
   q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
   scores = _product(q, k, 2)
@@ -82,6 +109,8 @@ def decode_attention(
   tail: tuple[jax.Array, jax.Array],
   lengths: jax.Array,
   step: jax.Array,
+  *,
+  window: int = 0,
 ) -> jax.Array:
   """Attention of one new token a row over a prefix and a tail that holds it already.
 
@@ -91,6 +120,7 @@ def decode_attention(
     tail: keys [B, K, H, W] and values [B, K, W, H]: what came after the prefix.
     lengths: int32 [B], valid positions of the prefix.
     step: int32, the token's index in the tail.
+    window: as in `attention`.
 
   Returns:
     float32 [B, 1, N, H].
@@ -101,8 +131,12 @@ def decode_attention(
   q = (q * head_dim**-0.5).astype(k.dtype)
   q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
   old = jnp.arange(k.shape[-1]) < lengths[:, None]
+  new = jnp.arange(tail_k.shape[-1]) <= step
+  if window:
+    old &= jnp.arange(k.shape[-1]) > (lengths + step - window)[:, None]
+    new &= jnp.arange(tail_k.shape[-1]) > step - window
   old = jnp.where(old[:, None, None, None], _product(q, k, 2), MASKED)
-  new = jnp.where(jnp.arange(tail_k.shape[-1]) <= step, _product(q, tail_k, 2), MASKED)
+  new = jnp.where(new, _product(q, tail_k, 2), MASKED)
   peak = jnp.maximum(old.max(axis=-1, keepdims=True), new.max(axis=-1, keepdims=True))
   old, new = jnp.exp(old - peak), jnp.exp(new - peak)
   out = _product(old.astype(v.dtype), v, 2) + _product(new.astype(v.dtype), tail_v, 2)
@@ -128,41 +162,46 @@ def _gradient_product(a: jax.Array, b: jax.Array) -> jax.Array:
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _blocks(width: int) -> list[tuple[int, int]]:
-  """(start, end) of the blocks of queries."""
+def _blocks(width: int, window: int) -> list[tuple[int, int, int]]:
+  """(start, end) of the blocks of queries, and the first key that any of them sees."""
   size = -(-width // (MIN_BLOCK * MAX_BLOCKS)) * MIN_BLOCK
-  return [(start, min(start + size, width)) for start in range(0, width, size)]
+  return [
+    (start, min(start + size, width), max(start - window + 1, 0) if window else 0)
+    for start in range(0, width, size)]
 
 
-def _block_scores(q, k, segment_ids, start, end) -> jax.Array:
-  """Masked scores of queries start .. end with the keys before end: float32 [B, K, G, C, end]."""
-  scores = _product(q[:, :, :, start:end], k[:, :, :end], 3)
-  mask = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None]
+def _block_scores(q, k, segment_ids, window, start, end, first) -> jax.Array:
+  """Masked scores of queries start .. end with keys first .. end: float32 [B, K, G, C, S]."""
+  scores = _product(q[:, :, :, start:end], k[:, :, first:end], 3)
+  places = jnp.arange(first, end), jnp.arange(start, end)[:, None]
+  mask = (places[0] <= places[1])[None]
+  if window:
+    mask &= places[0] > places[1] - window
   if segment_ids is not None:
-    mask &= segment_ids[:, start:end, None] == segment_ids[:, None, :end]
+    mask &= segment_ids[:, start:end, None] == segment_ids[:, None, first:end]
   return jnp.where(mask[:, None, None], scores, MASKED)
 
 
-@jax.custom_vjp
-def _blocked(q, k, v, segment_ids) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(q, k, v, segment_ids, window: int) -> jax.Array:
   """q [B, K, G, T, H], scaled, k and v [B, K, T, H] -> float32 [B, K, G, T, H]."""
-  return _blocked_fwd(q, k, v, segment_ids)[0]
+  return _blocked_fwd(q, k, v, segment_ids, window)[0]
 
 
-def _blocked_fwd(q, k, v, segment_ids):
+def _blocked_fwd(q, k, v, segment_ids, window):
   outs, norms = [], []
-  for start, end in _blocks(q.shape[3]):
-    scores = _block_scores(q, k, segment_ids, start, end)
+  for start, end, first in _blocks(q.shape[3], window):
+    scores = _block_scores(q, k, segment_ids, window, start, end, first)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
-    outs.append(_product(weights.astype(v.dtype), v[:, :, :end], 2) / total)
+    outs.append(_product(weights.astype(v.dtype), v[:, :, first:end], 2) / total)
     norms.append(top + jnp.log(total))
   out, norm = jnp.concatenate(outs, axis=3), jnp.concatenate(norms, axis=3)
   return out, (*map(to_bits, (q, k, v)), segment_ids, out, norm)
 
 
-def _blocked_bwd(residuals, grad):
+def _blocked_bwd(window, residuals, grad):
   *qkv, segment_ids, out, norm = residuals
   q, k, v = map(from_bits, qkv)
   dtype = q.dtype
@@ -171,14 +210,15 @@ def _blocked_bwd(residuals, grad):
   grad = grad.astype(dtype)
   dq = []
   dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]))  # Transposed: [B, K, H, T].
-  for start, end in _blocks(q.shape[3]):
+  for start, end, first in _blocks(q.shape[3], window):
     rows = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=end, axis=3)
-    weights = jnp.exp(_block_scores(q, k, segment_ids, start, end) - rows(norm))
-    dscores = weights * (_product(rows(grad), v[:, :, :end], 3) - rows(inner))
+    scores = _block_scores(q, k, segment_ids, window, start, end, first)
+    weights = jnp.exp(scores - rows(norm))
+    dscores = weights * (_product(rows(grad), v[:, :, first:end], 3) - rows(inner))
     weights, dscores = weights.astype(dtype), dscores.astype(dtype)
-    dq.append(_product(dscores, k[:, :, :end], 2))
-    dk = dk.at[..., :end].add(_gradient_product(rows(q), dscores))
-    dv = dv.at[..., :end].add(_gradient_product(rows(grad), weights))
+    dq.append(_product(dscores, k[:, :, first:end], 2))
+    dk = dk.at[..., first:end].add(_gradient_product(rows(q), dscores))
+    dv = dv.at[..., first:end].add(_gradient_product(rows(grad), weights))
   dq = jnp.concatenate(dq, axis=3)
   dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

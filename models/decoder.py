@@ -1,4 +1,4 @@
-"""A causal decoder of the Llama and Qwen2 families: NNX definitions, pure functions to compute.
+"""A causal decoder of several families: NNX definitions, pure functions to compute.
 
 The blocks are stacked by `nnx.vmap` and run by `jax.lax.scan`. A model is split once into its graph
 definition, the adapter's state and the frozen state; everything below is a pure function of these
@@ -9,6 +9,7 @@ F feed-forward width, V vocabulary, R adapter rank.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator, Mapping
 
@@ -18,79 +19,23 @@ import numpy as np
 from flax import nnx
 
 from data.errors import UserError
-from models import kv_cache, sharding
+from models import kv_cache, rope, sharding
 from models.attention import attention, cached_attention, decode_attention
+from models.families import DecoderConfig
 from models.kv_cache import KVCache
 from models.layers import (
   Linear,
   RMSNorm,
-  RopeScaling,
-  apply_rope,
   from_bits,
   gated,
   matmul,
   matmul_transposed,
-  rope_tables,
   to_bits,
 )
 from models.lora import LoraConfig, dropout
 
-FAMILIES = ('llama', 'qwen2')
-
 # What the backward pass computes again, from nothing to all of a block.
 REMAT = ('none', 'mlp', 'full')
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-  """Architecture and arithmetic of a decoder.
-
-  Attributes:
-    name: of the registry, or of the file it came from.
-    family: 'llama' or 'qwen2'.
-    dtype: 'float32' or 'bfloat16', the operands of the products. The residual stream, norms and
-      softmax are float32 either way.
-    param_dtype: in which the kernels are kept when dtype is 'float32'; with 'bfloat16' they are
-      bfloat16. Norms, biases and adapters are always float32.
-    frozen: training changes an adapter only. False trains all parameters, kept in float32 (an
-      update is often too small for bfloat16).
-  """
-
-  name: str
-  family: str
-  vocab_size: int
-  embed_dim: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_dim: int
-  rope_theta: float
-  rope_scaling: RopeScaling | None = None
-  norm_eps: float = 1e-6
-  tie_embeddings: bool = False
-  qkv_bias: bool = False
-  max_position: int = 32768
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  frozen: bool = True
-
-  def __post_init__(self):
-    if self.family not in FAMILIES:
-      raise UserError(f'Model family {self.family!r} is unknown; known are {", ".join(FAMILIES)}.')
-    for field in ('dtype', 'param_dtype'):
-      if getattr(self, field) not in ('float32', 'bfloat16'):
-        raise UserError(f'{field}={getattr(self, field)!r}: choose float32 or bfloat16.')
-    if self.num_heads % self.num_kv_heads:
-      raise UserError(
-        f'{self.num_heads} query heads do not divide into {self.num_kv_heads} key-value heads.'
-      )
-
-  @property
-  def weight_dtype(self) -> str:
-    if not self.frozen:
-      return 'float32'
-    return 'bfloat16' if self.dtype == 'bfloat16' else self.param_dtype
 
 
 class Attention(nnx.Module):
@@ -108,12 +53,26 @@ class Attention(nnx.Module):
     self.k = linear('k', config.embed_dim, kv_width, ('embed', 'kv_heads'), bias)
     self.v = linear('v', config.embed_dim, kv_width, ('embed', 'kv_heads'), bias)
     self.o = linear('o', width, config.embed_dim, ('heads', 'embed'), False)
+    if config.qk_norm:
+      self.q_norm = RMSNorm(config.head_dim, config, 'head_dim')
+      self.k_norm = RMSNorm(config.head_dim, config, 'head_dim')
 
-  def project(self, x, adapter_x, rope):
-    """x [B, T, D] -> q [B, T, N, H] and k [B, T, K, H], rotated, and v [B, T, K, H]."""
-    split = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_dim)
-    q = apply_rope(split(self.q(x, adapter_x)), rope)
-    k = apply_rope(split(self.k(x, adapter_x)), rope)
+  def project(self, x, adapter_x, rotary):
+    """x [B, T, D] -> q [B, T, N, H] and k [B, T, K, H], rotated, and v [B, T, K, H].
+
+    Attention divides the scores by the square root of H; what else a family scales them by is done
+    to the queries.
+    """
+    config = self.config
+    split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
+    q, k = split(self.q(x, adapter_x)), split(self.k(x, adapter_x))
+    if config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rotary.rotate(q), rotary.rotate(k)
+    if rotary.query_scale is not None:
+      q *= rotary.query_scale
+    if config.query_pre_attn_scalar not in (0, config.head_dim):
+      q *= (config.head_dim / config.query_pre_attn_scalar) ** 0.5
     return q, k, split(self.v(x, adapter_x))
 
 
@@ -129,16 +88,23 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-  """Pre-norm attention and gated feed-forward, each added to the residual stream."""
+  """Pre-norm attention and gated feed-forward, each added to the residual stream.
+
+  Some families norm what is added once more.
+  """
 
   def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
     self.lora = lora
-    self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps)
+    self.attn_norm = RMSNorm(config.embed_dim, config)
     self.attn = Attention(config, lora, rngs)
-    self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+    self.mlp_norm = RMSNorm(config.embed_dim, config)
     self.mlp = Mlp(config, lora, rngs)
+    if config.post_norms:
+      self.attn_post_norm = RMSNorm(config.embed_dim, config)
+      self.mlp_post_norm = RMSNorm(config.embed_dim, config)
+    self.activation, self.post_norms = config.activation, config.post_norms
 
-  def __call__(self, x, rope, attend, dropout_key=None, *, remat_mlp=False):
+  def __call__(self, x, rotary, attend, dropout_key=None, *, remat_mlp=False):
     """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache."""
 
     def drop(x, index):
@@ -148,15 +114,17 @@ class Block(nnx.Module):
       return dropout(x, self.lora.dropout, jax.random.fold_in(dropout_key, index))
 
     y = self.attn_norm(x)
-    y = attend(*self.attn.project(y, drop(y, 0), rope))
+    y = attend(*self.attn.project(y, drop(y, 0), rotary))
     y = y.reshape(*y.shape[:-2], -1)
-    x = x + self.attn.o(y, drop(y, 1))
+    y = self.attn.o(y, drop(y, 1))
+    x = x + (self.attn_post_norm(y) if self.post_norms else y)
 
     def feed_forward(x):
       y = self.mlp_norm(x)
       adapter_y = drop(y, 2)
-      y = gated(self.mlp.gate(y, adapter_y), self.mlp.up(y, adapter_y))
-      return self.mlp.down(y, drop(y, 3))
+      y = gated(self.mlp.gate(y, adapter_y), self.mlp.up(y, adapter_y), self.activation)
+      y = self.mlp.down(y, drop(y, 3))
+      return self.mlp_post_norm(y) if self.post_norms else y
 
     if remat_mlp:
       feed_forward = jax.checkpoint(feed_forward, prevent_cse=False)
@@ -190,7 +158,7 @@ class Decoder(nnx.Module):
         lambda rngs: Block(config, lora, rngs), transform_metadata={nnx.PARTITION_NAME: 'layers'}
       )
       self.blocks = nnx.split_rngs(splits=config.num_layers)(stack)(rngs)
-    self.final_norm = RMSNorm(config.embed_dim, config.norm_eps)
+    self.final_norm = RMSNorm(config.embed_dim, config)
     if not config.tie_embeddings:
       axes, width = ('embed', 'vocab'), (config.embed_dim, config.vocab_size)
       self.head = Linear(*width, axes, config=config, lora=None, rngs=rngs)
@@ -340,12 +308,21 @@ def merge_lora(model: Model) -> Model:
 
 
 def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:
-  x = from_bits(to_bits(model.embed.embedding.get_value())[tokens])
-  return sharding.constrain(x.astype(jnp.float32), ('batch', None, None))
+  table, config = model.embed.embedding.get_value(), model.config
+  x = from_bits(to_bits(table)[tokens]).astype(jnp.float32)
+  if config.scale_embeddings:
+    # Rounded to the dtype of the weights, as the models were trained.
+    x *= jnp.sqrt(jnp.float32(config.embed_dim)).astype(table.dtype).astype(jnp.float32)
+  return sharding.constrain(x, ('batch', None, None))
 
 
-def _rope(config: DecoderConfig, positions: jax.Array):
-  return rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+def _rotary(config: DecoderConfig, positions: jax.Array) -> dict[int, rope.Rotary]:
+  """The rotary tables of the layers with each sliding window (0 is none)."""
+  whole = rope.tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+  local = whole
+  if config.sliding_window and config.local_rope_theta:
+    local = rope.tables(positions, config.head_dim, config.local_rope_theta, None)
+  return {config.sliding_window: local, 0: whole}
 
 
 def forward(
@@ -377,22 +354,29 @@ def forward(
   """
   model = nnx.merge(graphdef, lora, frozen)
   config, (block_def, blocks) = model.config, nnx.split(model.blocks)
-  rope = _rope(config, positions)
-
-  def attend(q, k, v):
-    k, v = k.astype(config.dtype), v.astype(config.dtype)
-    return attention(q, k, v, segment_ids=segment_ids)
+  rotary, windows = _rotary(config, positions), config.windows
+  window = max(windows)
+  # Windowed and global layers take turns: one scan over all, which a flag tells apart.
+  local = jnp.array([w > 0 for w in windows]) if len(set(windows)) > 1 else None
 
   def body(x, layer):
-    state, key = layer
-    return nnx.merge(block_def, state)(x, rope, attend, key, remat_mlp=remat == 'mlp'), None
+    state, key, is_local = layer
+
+    def attend(q, k, v):
+      k, v = k.astype(config.dtype), v.astype(config.dtype)
+      return attention(q, k, v, segment_ids=segment_ids, window=window, is_local=is_local)
+
+    own = rotary[window]
+    if is_local is not None:
+      own = jax.tree.map(functools.partial(jnp.where, is_local), own, rotary[0])
+    return nnx.merge(block_def, state)(x, own, attend, key, remat_mlp=remat == 'mlp'), None
 
   if remat not in REMAT:
     raise UserError(f'remat={remat!r}: choose from {", ".join(REMAT)}.')
   if remat == 'full':
     body = jax.checkpoint(body, prevent_cse=False)
   keys = None if dropout_rng is None else jax.random.split(dropout_rng, config.num_layers)
-  x, _ = jax.lax.scan(body, _embed(model, tokens), (jax.tree.map(to_bits, blocks), keys))
+  x, _ = jax.lax.scan(body, _embed(model, tokens), (jax.tree.map(to_bits, blocks), keys, local))
   return model.final_norm(x)
 
 
@@ -474,16 +458,17 @@ def forward_cached(
   """
   model = nnx.merge(graphdef, lora, frozen)
   config = model.config
-  rope = _rope(config, lengths[:, None] + jnp.arange(tokens.shape[1]))
+  rotary = _rotary(config, lengths[:, None] + jnp.arange(tokens.shape[1]))
   x, layers = _embed(model, tokens), []
-  for block, k_cache, v_cache in zip(_unstacked(model), cache.k, cache.v, strict=True):
+  caches = zip(cache.k, cache.v, strict=True)
+  for block, window, own in zip(_unstacked(model), config.windows, caches, strict=True):
 
-    def attend(q, k, v, k_cache=k_cache, v_cache=v_cache):
-      layers.append(kv_cache.extend(k_cache, v_cache, k, v, lengths, counts, slots))
+    def attend(q, k, v, own=own, window=window):
+      layers.append(kv_cache.extend(*own, k, v, lengths, counts, slots))
       k, v = kv_cache.read(*layers[-1], attend_len, slots)
-      return cached_attention(q, k, v, lengths)
+      return cached_attention(q, k, v, lengths, window=window)
 
-    x = block(x, rope, attend)
+    x = block(x, rotary[window], attend)
   k, v = zip(*layers, strict=True)
   return model.final_norm(x), KVCache(k, v)
 
@@ -514,16 +499,17 @@ def forward_step(
     float32 [B, D] after the final norm, and the tail with the token's keys and values.
   """
   model = nnx.merge(graphdef, lora, frozen)
-  rope = _rope(model.config, (lengths + step)[:, None])
+  rotary = _rotary(model.config, (lengths + step)[:, None])
   x, layers = _embed(model, tokens[:, None]), []
-  caches = zip(prefix.k, prefix.v, tail.k, tail.v, strict=True)
-  for block, (k_prefix, v_prefix, k_tail, v_tail) in zip(_unstacked(model), caches, strict=True):
+  prefixes, tails = (zip(part.k, part.v, strict=True) for part in (prefix, tail))
+  windows = model.config.windows
+  for block, window, old, new in zip(_unstacked(model), windows, prefixes, tails, strict=True):
 
-    def attend(q, k, v, prefix=(k_prefix, v_prefix), tail=(k_tail, v_tail)):
-      layers.append(kv_cache.put(*tail, k, v, step))
-      return decode_attention(q, prefix, layers[-1], lengths, step)
+    def attend(q, k, v, old=old, new=new, window=window):
+      layers.append(kv_cache.put(*new, k, v, step))
+      return decode_attention(q, old, layers[-1], lengths, step, window=window)
 
-    x = block(x, rope, attend)
+    x = block(x, rotary[window], attend)
   return model.final_norm(x)[:, 0], KVCache(*zip(*layers, strict=True))
 
 

@@ -1,10 +1,9 @@
-"""Building blocks of the decoder: products, projections with adapters, norms, rotary positions.
+"""Building blocks of the decoder: products, projections with adapters, norms.
 
 Axes: B batch, T new tokens, N query heads, K key-value heads, H head width, D embedding,
 F feed-forward width, V vocabulary, R adapter rank, L layers.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -14,16 +13,6 @@ from flax import nnx
 
 from models import lora as lora_lib
 from models import platform
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3.1's stretching of the low rotary frequencies (`rope_type: llama3`)."""
-
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_position: int
 
 
 def to_bits(x: jax.Array) -> jax.Array:
@@ -186,49 +175,23 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
 
 
-@_recomputed
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up (SwiGLU, arXiv 2002.05202)."""
+@functools.partial(_recomputed, static_argnums=2)
+def gated(gate: jax.Array, up: jax.Array, activation: str = 'silu') -> jax.Array:
+  """silu(gate) * up (SwiGLU, arXiv 2002.05202), or with GELU's tanh form ('gelu_tanh')."""
+  if activation == 'gelu_tanh':
+    return jax.nn.gelu(gate, approximate=True) * up
   return jax.nn.silu(gate) * up
 
 
 class RMSNorm(nnx.Module):
   """Root mean square norm (arXiv 1910.07467) in float32."""
 
-  def __init__(self, dim: int, eps: float):
-    self.eps = eps
-    self.scale = nnx.Param(jnp.ones((dim,)), out_sharding=('embed',))
+  def __init__(self, dim: int, config, axis: str = 'embed'):
+    """Of vectors of `dim` numbers, which lie along the logical axis `axis`."""
+    self.eps, self.offset = config.norm_eps, config.norm_offset
+    scale = jnp.zeros((dim,)) if self.offset else jnp.ones((dim,))
+    self.scale = nnx.Param(scale, out_sharding=(axis,))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return _rms_norm(x, self.scale.get_value(), self.eps)
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-  """Inverse frequencies, float32 [H/2], with Llama 3.1's scaling if asked for."""
-  freqs = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  if scaling is None:
-    return freqs
-  wavelength = 2 * math.pi / freqs
-  low = scaling.original_max_position / scaling.low_freq_factor
-  high = scaling.original_max_position / scaling.high_freq_factor
-  smooth = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
-    scaling.high_freq_factor - scaling.low_freq_factor
-  )
-  blended = (1 - smooth) * freqs / scaling.factor + smooth * freqs
-  scaled = jnp.where(wavelength > low, freqs / scaling.factor, freqs)
-  return jnp.where((wavelength <= low) & (wavelength >= high), blended, scaled)
-
-
-def rope_tables(
-  positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
-) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, float32 [B, T, 1, H/2], of positions int32 [B, T]."""
-  angles = positions[..., None, None] * rope_frequencies(head_dim, theta, scaling)
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates x [B, T, heads, H]; the two halves of H are the pairs (the Hugging Face layout)."""
-  cos, sin = tables
-  first, second = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    scale = self.scale.get_value()
+    return _rms_norm(x, 1 + scale if self.offset else scale, self.eps)

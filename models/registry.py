@@ -1,4 +1,4 @@
-"""Known architectures, by name."""
+"""Known architectures, by name; the numbers are those of the published config.json files."""
 
 import dataclasses
 import difflib
@@ -8,8 +8,9 @@ import jax
 
 from data.errors import UserError
 from models import decoder
-from models.decoder import DecoderConfig
-from models.layers import RopeScaling
+from models.families import DecoderConfig
+from models.hf_config import QUIRKS
+from models.rope import LinearScaling, RopeScaling, YarnScaling
 
 
 def _qwen25(name, embed, layers, heads, kv_heads, mlp, *, vocab, tied) -> DecoderConfig:
@@ -26,8 +27,27 @@ def _qwen25(name, embed, layers, heads, kv_heads, mlp, *, vocab, tied) -> Decode
     rope_theta=1e6,
     norm_eps=1e-6,
     tie_embeddings=tied,
-    qkv_bias=True,
     max_position=32768,
+    **QUIRKS['qwen2'],
+  )
+
+
+def _qwen3(name, embed, layers, heads, mlp, *, tied, vocab=151936, length=40960) -> DecoderConfig:
+  return DecoderConfig(
+    name=name,
+    family='qwen3',
+    vocab_size=vocab,
+    embed_dim=embed,
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=mlp,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tie_embeddings=tied,
+    max_position=length,
+    **QUIRKS['qwen3'],
   )
 
 
@@ -69,6 +89,48 @@ CONFIGS = {
       norm_eps=1e-5,
       max_position=131072,
     ),
+    _qwen3('qwen3_0.6b', 1024, 28, 16, 3072, tied=True),
+    _qwen3('qwen3_4b', 2560, 36, 32, 9728, tied=True),
+    _qwen3('qwen3_8b', 4096, 36, 32, 12288, tied=False),
+    _qwen3('qwen3_14b', 5120, 40, 40, 17408, tied=False),
+    _qwen3('qwen3_embedding_0.6b', 1024, 28, 16, 3072, tied=True, vocab=151669, length=32768),
+    DecoderConfig(
+      name='gemma3_4b',
+      family='gemma3',
+      vocab_size=262208,
+      embed_dim=2560,
+      num_layers=34,
+      num_heads=8,
+      num_kv_heads=4,
+      head_dim=256,
+      mlp_dim=10240,
+      rope_theta=1e6,
+      rope_scaling=LinearScaling(8.0),
+      norm_eps=1e-6,
+      tie_embeddings=True,
+      query_pre_attn_scalar=256,
+      sliding_window=1024,
+      global_every=6,
+      local_rope_theta=1e4,
+      max_position=131072,
+      **QUIRKS['gemma3'],
+    ),
+    DecoderConfig(
+      name='ministral3_8b',
+      family='ministral3',
+      vocab_size=131072,
+      embed_dim=4096,
+      num_layers=34,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      mlp_dim=14336,
+      rope_theta=1e6,
+      rope_scaling=YarnScaling(16.0, 16384, query_beta=0.1),
+      norm_eps=1e-5,
+      max_position=262144,
+      **QUIRKS['ministral3'],
+    ),
   )
 }
 
@@ -82,6 +144,13 @@ HUGGING_FACE_IDS = {
   'qwen25_7b': 'Qwen/Qwen2.5-7B-Instruct',
   'qwen25_14b': 'Qwen/Qwen2.5-14B-Instruct',
   'llama31_8b': 'meta-llama/Llama-3.1-8B-Instruct',
+  'qwen3_0.6b': 'Qwen/Qwen3-0.6B',
+  'qwen3_4b': 'Qwen/Qwen3-4B',
+  'qwen3_8b': 'Qwen/Qwen3-8B',
+  'qwen3_14b': 'Qwen/Qwen3-14B',
+  'qwen3_embedding_0.6b': 'Qwen/Qwen3-Embedding-0.6B',
+  'gemma3_4b': 'google/gemma-3-4b-it',
+  'ministral3_8b': 'mistralai/Ministral-3-8B-Instruct-2512-BF16',
 }
 
 
@@ -115,6 +184,10 @@ def shrink(
   **overrides,
 ) -> DecoderConfig:
   """A tiny config of the same family, head, bias and rotary kind, for tests and dry runs."""
+  if config.sliding_window:
+    overrides = {'sliding_window': 16} | overrides
+  if config.global_every:
+    overrides = {'global_every': 2} | overrides  # both kinds among few layers
   return dataclasses.replace(
     config,
     name=f'{config.name}_tiny',

@@ -14,8 +14,8 @@ AXES = ('slice', 'data', 'fsdp', 'tensor')
 
 # Parameters: one dimension over fsdp (gathered when used), one over tensor (Megatron's columns then
 # rows). Activations: the batch over slices, data and fsdp. Slices hold whole copies of all else, so
-# that only the adapter's gradient crosses the network between them. 'layers' is scanned over and
-# 'rank' is small.
+# that only the adapter's gradient crosses the network between them. 'layers' is scanned over;
+# 'rank' and 'head_dim' are small.
 RULES = {
   'layers': None,
   'embed': 'fsdp',
@@ -24,6 +24,7 @@ RULES = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'rank': None,
+  'head_dim': None,
   'batch': ('slice', 'data', 'fsdp'),
 }
 

@@ -18,7 +18,7 @@ _BLOCKS = (512, 256, 128)
 _LANES = 128
 
 
-def _kernel(heads: int, width: int, interpret: bool):
+def _kernel(heads: int, width: int, window: int, interpret: bool):
   """A function of one row: q [N, T, H], k and v [K, T, H], segment ids [T]."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -26,7 +26,11 @@ def _kernel(heads: int, width: int, interpret: bool):
   sizes = splash.BlockSizes(
     block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
     block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
-  mask = splash.MultiHeadMask([splash.CausalMask((width, width))] * heads)
+  one = splash.CausalMask((width, width))
+  if window:
+    # Whole blocks outside the window are skipped as well.
+    one = splash.LocalMask((width, width), (window - 1, 0), 0)
+  mask = splash.MultiHeadMask([one] * heads)
   # Not cached: the kernel holds its mask's tables, which belong to the trace that made them.
   kernel = splash.make_splash_mha(
     mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
@@ -35,7 +39,13 @@ def _kernel(heads: int, width: int, interpret: bool):
 
 
 def splash_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array,
+  *,
+  window: int = 0,
+  interpret: bool = False,
 ) -> jax.Array:
   """Attention within whole rows; under `jax.set_mesh` each device computes its rows and heads.
 
@@ -44,6 +54,7 @@ def splash_attention(
     k: [B, T, K, H], rotated.
     v: [B, T, K, H].
     segment_ids: int32 [B, T]; a token sees only its own segment.
+    window: a token sees so many of the newest tokens, itself included; 0 is all of them.
     interpret: run the kernel's program without a TPU (tests).
 
   Returns:
@@ -55,7 +66,7 @@ def splash_attention(
   fill = -head_dim % _LANES
 
   def local(q, k, v, segment_ids):
-    kernel = _kernel(q.shape[2], width + pad, interpret)
+    kernel = _kernel(q.shape[2], width + pad, window, interpret)
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, fill))).transpose(0, 2, 1, 3)
                for x in (q, k, v))
     out = jax.vmap(kernel)(q, k, v, jnp.pad(segment_ids, ((0, 0), (0, pad))))

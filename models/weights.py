@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,10 +20,10 @@ import safetensors.numpy
 from data import model_folder
 from data.errors import UserError
 from data.gguf import GGUFFile
-from models import decoder
-from models.decoder import DecoderConfig
-from models.layers import RopeScaling
+from models import decoder, hf_config
+from models.families import DecoderConfig
 from models.lora import LoraConfig
+from models.rope import RopeScaling
 
 # Flat name -> (Hugging Face name, GGUF name); '{}' is the layer. Kernels are transposed on the way.
 _GLOBAL_NAMES = {
@@ -41,11 +40,20 @@ _LAYER_NAMES = {
   'attn.k.bias': ('self_attn.k_proj.bias', 'attn_k.bias'),
   'attn.v.bias': ('self_attn.v_proj.bias', 'attn_v.bias'),
   'attn.o.kernel': ('self_attn.o_proj.weight', 'attn_output.weight'),
+  'attn.q_norm.scale': ('self_attn.q_norm.weight', 'attn_q_norm.weight'),
+  'attn.k_norm.scale': ('self_attn.k_norm.weight', 'attn_k_norm.weight'),
   'mlp_norm.scale': ('post_attention_layernorm.weight', 'ffn_norm.weight'),
   'mlp.gate.kernel': ('mlp.gate_proj.weight', 'ffn_gate.weight'),
   'mlp.up.kernel': ('mlp.up_proj.weight', 'ffn_up.weight'),
   'mlp.down.kernel': ('mlp.down_proj.weight', 'ffn_down.weight'),
 }
+# Gemma's layers have four norms and call them otherwise.
+_GEMMA3_LAYER_NAMES = {
+  'attn_post_norm.scale': 'post_attention_layernorm.weight',
+  'mlp_norm.scale': 'pre_feedforward_layernorm.weight',
+  'mlp_post_norm.scale': 'post_feedforward_layernorm.weight',
+}
+_GGUF_FAMILIES = ('llama', 'qwen2', 'qwen3')
 # Adapter target -> the module's path within a Hugging Face layer.
 _PEFT_MODULES = {t: f'self_attn.{t}_proj' for t in ('q', 'k', 'v', 'o')} | {
   t: f'mlp.{t}_proj' for t in ('gate', 'up', 'down')
@@ -53,6 +61,25 @@ _PEFT_MODULES = {t: f'self_attn.{t}_proj' for t in ('q', 'k', 'v', 'o')} | {
 _PEFT_KEY = re.compile(
   r'base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.weight'
 )
+
+
+def _names(config: DecoderConfig, flat: str, source: int, layer_prefix: str) -> list[str]:
+  """The tensors of a flat parameter: one, or one a layer.
+
+  Args:
+    config: the architecture.
+    flat: the parameter.
+    source: column of the name tables, 0 Hugging Face, 1 GGUF.
+    layer_prefix: of a layer's tensors, with '{}' for the layer.
+  """
+  if not flat.startswith('blocks.'):
+    return [_GLOBAL_NAMES[flat][source]]
+  flat = flat.removeprefix('blocks.')
+  if config.family == 'gemma3' and flat in _GEMMA3_LAYER_NAMES:
+    name = _GEMMA3_LAYER_NAMES[flat]
+  else:
+    name = _LAYER_NAMES[flat][source]
+  return [layer_prefix.format(layer) + name for layer in range(config.num_layers)]
 
 
 def load_pretrained(
@@ -105,13 +132,7 @@ def _assemble(
     UserError: a tensor is missing, unknown, or of the wrong shape.
   """
   wanted = decoder.to_params(decoder.abstract(config).frozen)
-  names = {}
-  for flat in wanted:
-    if flat.startswith('blocks.'):
-      name = layer_prefix + _LAYER_NAMES[flat.removeprefix('blocks.')][source]
-      names[flat] = [name.format(layer) for layer in range(config.num_layers)]
-    else:
-      names[flat] = [_GLOBAL_NAMES[flat][source]]
+  names = {flat: _names(config, flat, source, layer_prefix) for flat in wanted}
   needed = {name for group in names.values() for name in group}
   missing, unknown = sorted(needed - available), sorted(available - needed)
   if missing:
@@ -148,25 +169,34 @@ def _assemble(
 def _load_folder(
   folder: pathlib.Path, dtype: str
 ) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
-  config = _config_from_hf(model_folder.read_json(folder / 'config.json'), folder, dtype)
+  config = hf_config.read(model_folder.read_json(folder / 'config.json'), folder, dtype)
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
     files = model_folder.read_json(index).get('weight_map', {})
   else:
     files = dict.fromkeys(_open(folder / 'model.safetensors').keys(), 'model.safetensors')
   handles = {file: _open(folder / file) for file in sorted(set(files.values()))}
+  # Of a multimodal model only the text model is wanted, under the names of a text model.
+  stored = {name: name for name in files}
+  if any('language_model.' in name for name in files):
+    stored = {
+      name.replace('model.language_model.', 'model.').removeprefix('language_model.'): name
+      for name in files
+      if 'language_model.' in name or name == 'lm_head.weight'}
+    config = dataclasses.replace(config, tie_embeddings='lm_head.weight' not in stored)
   available = {
     name
-    for name in files
+    for name in stored
     if not name.endswith('rotary_emb.inv_freq')  # a buffer of old checkpoints
     and not (config.tie_embeddings and name == 'lm_head.weight')
   }
 
   def read(name):
+    file, name = files[stored[name]], stored[name]
     try:
-      return handles[files[name]].get_tensor(name)
+      return handles[file].get_tensor(name)
     except safetensors.SafetensorError as error:
-      raise UserError(f'{folder / files[name]}: {name} cannot be read ({error}).') from error
+      raise UserError(f'{folder / file}: {name} cannot be read ({error}).') from error
 
   params = _assemble(config, 0, 'model.layers.{}.', available, read, folder)
   return config, params
@@ -183,67 +213,11 @@ def _open(path: pathlib.Path):
     ) from error
 
 
-def _config_from_hf(raw: dict[str, Any], folder: pathlib.Path, dtype: str) -> DecoderConfig:
-  family = raw.get('model_type')
-  if family not in decoder.FAMILIES:
-    raise _unsupported(folder, family)
-  unusual = {
-    'hidden_act': raw.get('hidden_act', 'silu') != 'silu',
-    'attention_bias': bool(raw.get('attention_bias')),
-    'mlp_bias': bool(raw.get('mlp_bias')),
-    'use_sliding_window': bool(raw.get('use_sliding_window')),
-    'quantization_config': raw.get('quantization_config') is not None,
-  }
-  for key, set_so in unusual.items():
-    if set_so:
-      raise UserError(f'{folder}: config.json sets {key}={raw[key]!r}, which is not supported.')
-  rope = raw.get('rope_parameters') or raw.get('rope_scaling') or {}
-  try:
-    heads = raw['num_attention_heads']
-    return DecoderConfig(
-      name=folder.resolve().name,
-      family=family,
-      vocab_size=raw['vocab_size'],
-      embed_dim=raw['hidden_size'],
-      num_layers=raw['num_hidden_layers'],
-      num_heads=heads,
-      num_kv_heads=raw.get('num_key_value_heads') or heads,
-      head_dim=raw.get('head_dim') or raw['hidden_size'] // heads,
-      mlp_dim=raw['intermediate_size'],
-      rope_theta=float(rope.get('rope_theta') or raw.get('rope_theta') or 10000.0),
-      rope_scaling=_rope_scaling_from_hf(rope, folder),
-      norm_eps=float(raw.get('rms_norm_eps', 1e-6)),
-      tie_embeddings=bool(raw.get('tie_word_embeddings', False)),
-      qkv_bias=family == 'qwen2',
-      max_position=raw.get('max_position_embeddings', 32768),
-      param_dtype=dtype,
-    )
-  except KeyError as error:
-    raise UserError(f'{folder}: config.json has no {error.args[0]}; download it again.') from error
-
-
-def _rope_scaling_from_hf(rope: Mapping[str, Any], folder: pathlib.Path) -> RopeScaling | None:
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind == 'default':
-    return None
-  if kind != 'llama3':
-    raise UserError(
-      f'{folder}: config.json asks for {kind!r} scaling of rotary positions; supported are '
-      '"default" and "llama3".'
-    )
-  return RopeScaling(
-    factor=float(rope['factor']),
-    low_freq_factor=float(rope['low_freq_factor']),
-    high_freq_factor=float(rope['high_freq_factor']),
-    original_max_position=rope['original_max_position_embeddings'],
-  )
-
-
 def _load_gguf(path: pathlib.Path, dtype: str) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
   file = GGUFFile(path)
   family = file.metadata.get('general.architecture')
-  if family not in decoder.FAMILIES:
-    raise _unsupported(path, family)
+  if family not in _GGUF_FAMILIES:
+    raise hf_config.unsupported(path, family, _GGUF_FAMILIES)
 
   def field(key, default=None):
     value = file.metadata.get(f'{family}.{key}', default)
@@ -278,9 +252,9 @@ def _load_gguf(path: pathlib.Path, dtype: str) -> tuple[DecoderConfig, dict[str,
       np.float32(field('attention.layer_norm_rms_epsilon')), unique=True
     )),
     tie_embeddings='output.weight' not in file.tensors,
-    qkv_bias=family == 'qwen2',
     max_position=field('context_length'),
     param_dtype=dtype,
+    **hf_config.QUIRKS[family],
   )
 
   def read(name):
@@ -329,40 +303,6 @@ def _rope_scaling_from_gguf(
   return scaling
 
 
-def _unsupported(path: pathlib.Path, family: Any) -> UserError:
-  return UserError(
-    f'{path} is of architecture {family!r}; supported are {", ".join(decoder.FAMILIES)}.'
-  )
-
-
-def hf_settings(config: DecoderConfig, dtype: str = 'float32') -> dict[str, Any]:
-  """The content of a Hugging Face config.json of this architecture."""
-  rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
-  if config.rope_scaling is not None:
-    rope['rope_type'] = 'llama3'
-    rope |= dataclasses.asdict(config.rope_scaling)
-    rope['original_max_position_embeddings'] = rope.pop('original_max_position')
-  return {
-    'architectures': [{'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM'}[config.family]],
-    'model_type': config.family,
-    'vocab_size': config.vocab_size,
-    'hidden_size': config.embed_dim,
-    'num_hidden_layers': config.num_layers,
-    'num_attention_heads': config.num_heads,
-    'num_key_value_heads': config.num_kv_heads,
-    'head_dim': config.head_dim,
-    'intermediate_size': config.mlp_dim,
-    'hidden_act': 'silu',
-    'rope_parameters': rope,
-    # Where readers from before `rope_parameters` look for it.
-    'rope_theta': config.rope_theta,
-    'rms_norm_eps': config.norm_eps,
-    'tie_word_embeddings': config.tie_embeddings,
-    'max_position_embeddings': config.max_position,
-    'dtype': dtype,
-  }
-
-
 def export_pretrained(
   folder: str | pathlib.Path, config: DecoderConfig, params: Mapping[str, np.ndarray]
 ) -> None:
@@ -379,14 +319,12 @@ def export_pretrained(
   folder.mkdir(parents=True, exist_ok=True)
   tensors = {}
   for flat, value in params.items():
-    arrays, names = [np.asarray(value)], [_GLOBAL_NAMES.get(flat, ('',))[0]]
-    if flat.startswith('blocks.'):
-      name = 'model.layers.{}.' + _LAYER_NAMES[flat.removeprefix('blocks.')][0]
-      arrays, names = list(arrays[0]), [name.format(i) for i in range(config.num_layers)]
+    names = _names(config, flat, 0, 'model.layers.{}.')
+    arrays = list(np.asarray(value)) if flat.startswith('blocks.') else [np.asarray(value)]
     for name, array in zip(names, arrays, strict=True):
       tensors[name] = np.ascontiguousarray(array.T if flat.endswith('.kernel') else array)
   dtypes = {str(array.dtype) for array in tensors.values() if array.ndim > 1}
-  settings = hf_settings(config, dtypes.pop() if len(dtypes) == 1 else 'float32')
+  settings = hf_config.write(config, dtypes.pop() if len(dtypes) == 1 else 'float32')
   partial = folder / 'model.safetensors.partial'
   safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
   os.replace(partial, folder / 'model.safetensors')

@@ -230,7 +230,7 @@ def prepare(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """
   import jax
 
-  from models import decoder, pretrained, registry, weights
+  from models import decoder, hf_config, pretrained, registry, weights
   from models.lora import LoraConfig
   from training import packing
 
@@ -267,7 +267,7 @@ def prepare(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
         f'{values["row_len"]}, {rows.efficiency:.1%} full; padded: {size} a batch', flush=True)
   return {
     'model': name, 'folder': model_folder, 'adapter': str(folder / 'adapter'),
-    'data': str(folder / 'data.npz'), 'hf_settings': weights.hf_settings(config),
+    'data': str(folder / 'data.npz'), 'hf_settings': hf_config.write(config),
     **{key: values[key] for key in (
       'device', 'rank', 'batch_rows', 'remat', 'steps')},
     'alpha': 2.0 * values['rank'], 'learning_rate': LEARNING_RATE, 'warm_steps': WARM_STEPS}

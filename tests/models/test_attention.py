@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import attention, cached_attention
+from models.attention import attention, cached_attention, decode_attention
 
 
 def draw(batch, width, heads=6, kv_heads=2, head_dim=8, seed=0):
@@ -12,12 +12,14 @@ def draw(batch, width, heads=6, kv_heads=2, head_dim=8, seed=0):
   return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def plain(q, k, v, segment_ids=None):
+def plain(q, k, v, segment_ids=None, window=None):
   """Repeated keys and values, the whole square, as in a textbook."""
   groups = q.shape[2] // k.shape[2]
   k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
   scores = jnp.einsum('btnh,bsnh->bnts', q, k) / jnp.sqrt(q.shape[-1])
   mask = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None]
+  if window:
+    mask &= jnp.triu(jnp.ones(scores.shape[-2:], bool), 1 - window)[None]
   if segment_ids is not None:
     mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
   weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
@@ -71,3 +73,41 @@ def test_cached_rows_of_different_lengths():
   got = cached_attention(new, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), lengths)
   for b in range(3):
     np.testing.assert_allclose(got[b], want[b, lengths[b] : lengths[b] + 4], atol=1e-5)
+
+
+@pytest.mark.parametrize(('width', 'window'), [(300, 140), (40, 3), (40, 1), (40, 40), (40, 99)])
+def test_a_sliding_window_equals_plain(width, window):
+  q, k, v = draw(1, width)
+  segment_ids = jnp.arange(width)[None] // 170
+  weight = jax.random.normal(jax.random.key(9), q.shape)
+
+  def loss(function, **options):
+    return lambda *qkv: jnp.sum(
+      weight * function(*qkv, segment_ids=segment_ids, window=window, **options))
+
+  want, want_grad = jax.value_and_grad(loss(plain), (0, 1, 2))(q, k, v)
+  for options in ({}, {'is_local': jnp.bool_(True)}):
+    got, grad = jax.jit(jax.value_and_grad(loss(attention, **options), (0, 1, 2)))(q, k, v)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    for ours, theirs in zip(grad, want_grad, strict=True):
+      np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  got = attention(q, k, v, segment_ids=segment_ids, window=window, is_local=jnp.bool_(False))
+  np.testing.assert_allclose(got, plain(q, k, v, segment_ids), atol=1e-5)
+
+
+@pytest.mark.parametrize('window', [1, 5, 18, 60])
+def test_a_sliding_window_over_a_cache_equals_plain(window):
+  q, k, v = draw(3, 40)
+  want = plain(q, k, v, window=window)
+  keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+  lengths = jnp.asarray([0, 17, 36])
+  new = jnp.stack([jax.lax.dynamic_slice_in_dim(q[b], lengths[b], 4) for b in range(3)])
+  got = cached_attention(new, keys, values, lengths, window=window)
+  for b in range(3):
+    np.testing.assert_allclose(got[b], want[b, lengths[b] : lengths[b] + 4], atol=1e-5)
+  # A prefix of 30, then a tail: the token at index 30 + step.
+  lengths = jnp.full(3, 30)
+  prefix, tail = (keys[..., :30], values[:, :, :30]), (keys[..., 30:], values[:, :, 30:])
+  for step in (0, 7):
+    got = decode_attention(q[:, 30 + step][:, None], prefix, tail, lengths, step, window=window)
+    np.testing.assert_allclose(got[:, 0], want[:, 30 + step], atol=1e-5)

@@ -56,9 +56,49 @@ def with_random_b(params, seed=0):
   }
 
 
+def run_packed(model, tokens):
+  """Logits of rows [2, T], computed as two segments of one row, padded."""
+  width = tokens.shape[1]
+  packed = np.concatenate([tokens[0], tokens[1], np.zeros(7, tokens.dtype)])[None]
+  segments = np.repeat([1, 2, 0], [width, width, 7])[None]
+  places = np.concatenate([np.arange(width), np.arange(width), np.zeros(7, np.int64)])[None]
+  hidden = forward(
+    model.graphdef, model.lora, model.frozen, *map(jnp.asarray, (packed, places)),
+    segment_ids=jnp.asarray(segments))  # fmt: skip
+  found = np.asarray(decoder.logits(model.graphdef, model.frozen, hidden))
+  return found[0, : 2 * width].reshape(2, width, -1)
+
+
+def run_steps(model, tokens, start):
+  """Logits of the tokens from `start` on, in one decode loop behind a cached prefix."""
+  batch, width = tokens.shape
+  cache = KVCache.init(model.config, batch, width)
+  lengths = jnp.full((batch,), start, jnp.int32)
+  _, cache = forward_cached(
+    model.graphdef, model.lora, model.frozen, jnp.asarray(tokens[:, :start]), cache, 0 * lengths,
+    lengths, attend_len=width)  # fmt: skip
+  prefix, tail, outs = cache.prefix(start), cache.tail(width - start), []
+  once = jax.jit(decoder.forward_step, static_argnums=0)
+  for step in range(width - start):
+    new = jnp.asarray(tokens[:, start + step])
+    hidden, tail = once(
+      model.graphdef, model.lora, model.frozen, new, prefix, tail, lengths, jnp.int32(step))
+    outs.append(decoder.logits(model.graphdef, model.frozen, hidden))
+  return np.stack(outs, axis=1)
+
+
+def slow(name):
+  return pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-  'name', ['llama_tied', 'llama_untied_scaled_rope', 'qwen2_tied', 'qwen2_untied']
-)
+  'name',
+  [
+    'llama_untied_scaled_rope', 'qwen3_untied', 'gemma3', 'ministral3', slow('llama_tied'),
+    slow('qwen2_tied'), slow('qwen2_untied'), slow('qwen2_yarn'), slow('qwen3_tied'),
+    slow('ministral3_windowed'),
+  ],
+)  # fmt: skip
 def test_logits_equal_transformers(name):
   pytest.importorskip('torch')
   from tests.models import torch_reference
@@ -70,10 +110,24 @@ def test_logits_equal_transformers(name):
   model = decoder.from_params(config, params)
   want = torch_reference.logits(reference, tokens)
   assert np.abs(want).max() > 1
-  np.testing.assert_allclose(run(model, tokens), want, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(run_packed(model, tokens), want, atol=1e-4, rtol=0)
   np.testing.assert_allclose(run_cached(model, tokens, 20), want, atol=1e-4, rtol=0)
   prepared = decoder.prepare_for_decode(model)
-  np.testing.assert_allclose(run_cached(prepared, tokens[:, :8], 1), want[:, :8], atol=1e-4, rtol=0)
+  np.testing.assert_allclose(run_steps(prepared, tokens, 40), want[:, 40:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['qwen2_tied', slow('llama_untied_scaled_rope'), slow('gemma3')])
+def test_adapted_logits_equal_transformers(name):
+  pytest.importorskip('torch')
+  from tests.models import torch_reference
+
+  config = torch_reference.CONFIGS[name]
+  reference = torch_reference.build(config)
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 60)).astype(np.int32)
+  params = torch_reference.params(config, reference)
+  plain = torch_reference.logits(reference, tokens)
+  model = decoder.from_params(config, params)
+  np.testing.assert_allclose(run(model, tokens), plain, atol=1e-4, rtol=0)
 
   lora = LoraConfig(rank=4, alpha=8)
   adapter = with_random_b(decoder.to_params(decoder.create(config, lora).lora))
@@ -86,11 +140,11 @@ def test_logits_equal_transformers(name):
         weight = state[pattern.format(layer)]
         weight += weight.new_tensor((a @ b * lora.scale).T)
   want = torch_reference.logits(reference, tokens)
+  assert np.abs(want - plain).max() > 0.1
   np.testing.assert_allclose(run(adapted, tokens), want, atol=1e-4, rtol=0)
   np.testing.assert_allclose(run_cached(adapted, tokens, 20), want, atol=1e-4, rtol=0)
   merged = decoder.merge_lora(adapted)
   np.testing.assert_allclose(run(merged, tokens), want, atol=1e-4, rtol=0)
-  np.testing.assert_allclose(run_cached(merged, tokens, 20), want, atol=1e-4, rtol=0)
 
 
 def test_packed_rows_equal_separate_rows():
@@ -111,6 +165,20 @@ def test_packed_rows_equal_separate_rows():
   assert np.isfinite(got).all()
   want = np.concatenate([run(model, part) for part in parts], axis=1)
   np.testing.assert_allclose(got[:, :241], want, atol=1e-4, rtol=0)
+
+
+def test_windowed_layers_see_their_window_only():
+  # One windowed layer and one global layer: the first layer's output at a place depends on the
+  # newest tokens only, the second's on all.
+  config = tiny('gemma3_4b', num_layers=2, sliding_window=5)
+  assert config.windows == (5, 0)
+  tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
+  other = np.concatenate([(tokens[:, :20] + 1) % 256, tokens[:, 20:]], axis=1)
+  for layers, reach in ((1, 24), (2, 40)):
+    model = decoder.create(dataclasses.replace(config, num_layers=layers))
+    same = np.isclose(run(model, tokens), run(model, other), atol=1e-6).all(axis=(0, 2))
+    assert not same[:24].any()
+    assert same[24:].all() == (reach == 24)
 
 
 def loss_and_gradient(model, tokens, **options):

@@ -17,23 +17,26 @@ def _inputs(batch, width, heads, kv_heads, head_dim, seed=0):
   return q, k, v, jnp.asarray(segments)
 
 
-def _splash(q, k, v, segments):
-  return splash.splash_attention(q * q.shape[-1]**-0.5, k, v, segments, interpret=True)
+def _splash(q, k, v, segments, window=0):
+  q = q * q.shape[-1]**-0.5
+  return splash.splash_attention(q, k, v, segments, window=window, interpret=True)
 
 
-def _blocked(q, k, v, segments):
-  return attention.attention(q, k, v, segment_ids=segments)
+def _blocked(q, k, v, segments, window=0):
+  return attention.attention(q, k, v, segment_ids=segments, window=window)
 
 
-@pytest.mark.parametrize('shape', [(2, 128, 4, 2, 64), (1, 200, 3, 1, 128)])
-def test_values_and_gradients_equal_the_blocked_path(shape):
+@pytest.mark.parametrize(
+  ('shape', 'window'),
+  [((2, 128, 4, 2, 64), 0), ((1, 200, 3, 1, 128), 0), ((1, 200, 2, 1, 128), 17)])
+def test_values_and_gradients_equal_the_blocked_path(shape, window):
   *qkv, segments = _inputs(*shape)
   target = jnp.asarray(np.random.default_rng(1).normal(size=qkv[0].shape), jnp.float32)
   real = (segments > 0)[..., None, None]
 
   def value_and_grad(function):
     return jax.value_and_grad(
-      lambda *qkv: jnp.sum(jnp.where(real, function(*qkv, segments), 0) * target),
+      lambda *qkv: jnp.sum(jnp.where(real, function(*qkv, segments, window), 0) * target),
       argnums=(0, 1, 2))(*qkv)
 
   (ours, our_grads), (theirs, their_grads) = map(value_and_grad, (_blocked, _splash))

@@ -14,10 +14,10 @@ import safetensors.numpy
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
-from models import decoder, registry, weights
+from models import decoder, hf_config, registry, weights
 from models.kv_cache import KVCache
-from models.layers import rope_frequencies
 from models.lora import TARGETS, LoraConfig
+from models.rope import frequencies
 
 TINY = {
   'vocab_size': 96, 'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 6,
@@ -28,13 +28,31 @@ LLAMA3_ROPE = {
   'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
   'high_freq_factor': 4.0, 'original_max_position_embeddings': 64,
 }  # fmt: skip
+YARN_ROPE = {
+  'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 16.0, 'beta_fast': 32.0, 'beta_slow': 1.0,
+  'mscale': 1.0, 'mscale_all_dim': 1.0, 'llama_4_scaling_beta': 0.1,
+  'original_max_position_embeddings': 16,
+}  # fmt: skip
+GEMMA3_ROPE = {
+  'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6},
+  'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+}
 VARIANTS = {
   'llama_tied': ('Llama', {'tie_word_embeddings': True}),
   'llama_scaled': ('Llama', {'tie_word_embeddings': False, 'rope_parameters': LLAMA3_ROPE}),
   'llama_head_dim': ('Llama', {'tie_word_embeddings': False, 'head_dim': 16}),
   'qwen2_tied': ('Qwen2', {'tie_word_embeddings': True}),
   'qwen2_untied': ('Qwen2', {'tie_word_embeddings': False}),
-}
+  'qwen3': ('Qwen3', {'tie_word_embeddings': True, 'head_dim': 16}),
+  'gemma3': (
+    'Gemma3',
+    {
+      'head_dim': 16, 'sliding_window': 8, 'sliding_window_pattern': 2, 'query_pre_attn_scalar': 7,
+      'rope_parameters': GEMMA3_ROPE,
+    },
+  ),
+  'ministral3': ('Ministral3', {'head_dim': 16, 'rope_parameters': YARN_ROPE}),
+}  # fmt: skip
 
 
 def hf_model(variant):
@@ -43,7 +61,9 @@ def hf_model(variant):
   transformers = pytest.importorskip('transformers')
   family, settings = VARIANTS[variant]
   torch.manual_seed(0)
-  config = getattr(transformers, f'{family}Config')(**TINY | settings)
+  kind = 'Gemma3TextConfig' if family == 'Gemma3' else f'{family}Config'
+  ids = {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0}
+  config = getattr(transformers, kind)(**TINY | ids | settings)
   model = getattr(transformers, f'{family}ForCausalLM')(config).eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
@@ -92,7 +112,7 @@ def tokens_for(vocab_size, shape=(3, 40)):
 
 
 @pytest.mark.parametrize(
-  ('variant', 'shard'), zip(VARIANTS, ['10GB', '30KB', '10GB', '30KB', '10GB'], strict=True)
+  ('variant', 'shard'), zip(VARIANTS, ['10GB', '30KB'] * 4, strict=True)
 )
 def test_folder_equals_transformers(variant, shard, tmp_path):
   model = hf_model(variant)
@@ -109,7 +129,7 @@ def test_folder_equals_transformers(variant, shard, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'variant', ['llama_tied', 'llama_scaled', 'llama_head_dim', 'qwen2_untied'])
+  'variant', ['llama_scaled', 'qwen2_untied', 'qwen3', 'gemma3', 'ministral3'])
 def test_an_exported_folder_is_the_model_again(variant, tmp_path):
   transformers = pytest.importorskip('transformers')
   model = hf_model(variant)
@@ -124,6 +144,54 @@ def test_an_exported_folder_is_the_model_again(variant, tmp_path):
   loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'again' / 'model')
   assert type(loaded) is type(model)
   assert (hf_logits(loaded.eval(), tokens) == hf_logits(model, tokens)).all()
+
+
+@pytest.mark.parametrize('kind', ['Gemma3', 'Mistral3'])
+def test_the_text_model_of_a_multimodal_folder(kind, tmp_path):
+  pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  text = hf_model('gemma3' if kind == 'Gemma3' else 'ministral3')
+  vision = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+    patch_size=14)
+  config = getattr(transformers, f'{kind}Config')(
+    text_config=text.config.to_dict(), vision_config=vision, tie_word_embeddings=kind == 'Gemma3')
+  whole = getattr(transformers, f'{kind}ForConditionalGeneration')(config).eval()
+  whole.model.language_model.load_state_dict(text.model.state_dict())
+  whole.lm_head.load_state_dict(text.lm_head.state_dict())
+  whole.save_pretrained(tmp_path / 'whole')
+  text.save_pretrained(tmp_path / 'text')
+  (config, params), (want_config, want) = (
+    weights.load_pretrained(tmp_path / name) for name in ('whole', 'text'))
+  assert config == dataclasses.replace(want_config, name='whole')
+  assert params.keys() == want.keys()
+  assert all((params[name] == array).all() for name, array in want.items())
+  # As the folders of older versions name them.
+  renamed = {
+    name.replace('model.language_model.', 'language_model.model.'): array
+    for name, array in safetensors.numpy.load_file(tmp_path / 'whole/model.safetensors').items()}
+  safetensors.numpy.save_file(renamed, tmp_path / 'whole/model.safetensors')
+  config, params = weights.load_pretrained(tmp_path / 'whole')
+  assert config == dataclasses.replace(want_config, name='whole')
+  assert all((params[name] == array).all() for name, array in want.items())
+
+
+def test_the_published_gemma3_config_is_the_registered_one(tmp_path):
+  # The text_config of google/gemma-3-4b-it leaves out what equals its class's defaults.
+  text = {
+    'hidden_size': 2560, 'intermediate_size': 10240, 'model_type': 'gemma3_text',
+    'num_hidden_layers': 34, 'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+    'sliding_window': 1024,
+  }  # fmt: skip
+  got = hf_config.read({'model_type': 'gemma3', 'text_config': text}, tmp_path, 'float32')
+  assert got == dataclasses.replace(registry.get_config('gemma3_4b'), name=got.name)
+
+
+def test_the_defaults_of_ministral3_are_the_registered_ones(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  raw = transformers.Ministral3Config().to_dict()
+  got = hf_config.read(raw, tmp_path, 'float32')
+  assert got == dataclasses.replace(registry.get_config('ministral3_8b'), name=got.name)
 
 
 def test_bfloat16_is_kept_bitwise(tmp_path):
@@ -242,14 +310,14 @@ def tiny_model(base, **overrides):
   return config, {k: np.asarray(v) for k, v in decoder.to_params(model.frozen).items()}
 
 
-@pytest.mark.parametrize('base', ['smollm2_135m', 'qwen25_7b', 'llama31_8b'])
+@pytest.mark.parametrize('base', ['smollm2_135m', 'qwen25_7b', 'llama31_8b', 'qwen3_4b'])
 def test_gguf_round_trip(base, tmp_path):
   config, params = tiny_model(base)
   extra = {}
   if config.rope_scaling:
     args = config.head_dim, config.rope_theta
-    plain = np.asarray(rope_frequencies(*args, None))
-    extra['rope_freqs.weight'] = plain / np.asarray(rope_frequencies(*args, config.rope_scaling))
+    plain = np.asarray(frequencies(*args, None))
+    extra['rope_freqs.weight'] = plain / np.asarray(frequencies(*args, config.rope_scaling))
   path = write_gguf(tmp_path / 'tiny.gguf', config, params, extra=extra)
   got_config, got = weights.load_pretrained(path)
   assert got_config == dataclasses.replace(config, name='tiny')
@@ -289,7 +357,7 @@ def test_bad_gguf(tmp_path, smollm2_path):
   bad.write_bytes(whole.replace(b'blk.1.ffn_up', b'blk.1.ffn_xx'))
   with pytest.raises(UserError, match=r'lacks 1 tensors.*blk\.1\.ffn_up\.weight'):
     weights.load_pretrained(bad)
-  write_gguf(bad, config, params, extra={'blk.0.attn_q_norm.weight': np.ones(16)})
+  write_gguf(bad, config, params, extra={'blk.0.attn_q_norm.weight': np.ones(16, np.float32)})
   with pytest.raises(UserError, match=r'attn_q_norm\.weight; this variant'):
     weights.load_pretrained(bad)
   write_gguf(bad, config, params, extra={'rope_freqs.weight': np.linspace(1, 3, 8)})
@@ -322,7 +390,13 @@ def edit_json(path, **changes):
     ({'attention_bias': True}, 'attention_bias=True'),
     ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
-    ({'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0}}, "'yarn' scaling"),
+    ({'model_type': 'gemma3'}, "'gemma3'"),
+    ({'model_type': 'gemma3_text', 'attn_logit_softcapping': 30.0}, 'attn_logit_softcapping'),
+    (
+      {'model_type': 'gemma3_text', 'layer_types': ['full_attention', 'sliding_attention']},
+      'layer_types',
+    ),
+    ({'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0}}, "'dynamic' scaling"),
     ({'tie_word_embeddings': False}, r'lm_head\.weight'),
   ],
 )

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from models import registry
-from models.decoder import DecoderConfig
-from models.layers import RopeScaling
+from models.families import DecoderConfig
+from models.rope import LinearScaling, RopeScaling, YarnScaling
 
 TINY = {'vocab_size': 97, 'embed_dim': 48, 'num_layers': 2, 'num_heads': 6, 'num_kv_heads': 2}
 TINY |= {'head_dim': 8, 'mlp_dim': 80, 'max_position': 256}
@@ -21,14 +21,39 @@ CONFIGS = {
   ),
   'qwen2_tied': registry.shrink(registry.get_config('qwen25_0.5b'), **TINY),
   'qwen2_untied': registry.shrink(registry.get_config('qwen25_7b'), **TINY),
+  'qwen2_yarn': registry.shrink(
+    registry.get_config('qwen25_7b'),
+    **TINY,
+    rope_scaling=YarnScaling(4.0, 32, beta_fast=8.0, attention_factor=1.25),
+  ),
+  # A head's width is not the embedding's over their number.
+  'qwen3_tied': registry.shrink(registry.get_config('qwen3_4b'), **TINY | {'head_dim': 12}),
+  'qwen3_untied': registry.shrink(registry.get_config('qwen3_8b'), **TINY | {'head_dim': 12}),
+  'gemma3': registry.shrink(
+    registry.get_config('gemma3_4b'),
+    **TINY | {'num_layers': 5, 'head_dim': 12},
+    sliding_window=9,
+    global_every=3,
+    query_pre_attn_scalar=7,
+  ),
+  # Short enough that the test's texts are stretched and their queries scaled.
+  'ministral3': registry.shrink(
+    registry.get_config('ministral3_8b'), **TINY, rope_scaling=YarnScaling(16.0, 16, query_beta=0.1)
+  ),
+  'ministral3_windowed': registry.shrink(
+    registry.get_config('ministral3_8b'),
+    **TINY,
+    rope_scaling=YarnScaling(16.0, 16, query_beta=0.1),
+    sliding_window=9,
+  ),
 }
 
 
 def hf_config(config: DecoderConfig):
   """The `transformers` config of the same architecture."""
   rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
-  if config.rope_scaling is not None:
-    scaling = config.rope_scaling
+  scaling = config.rope_scaling
+  if isinstance(scaling, RopeScaling):
     rope |= {
       'rope_type': 'llama3',
       'factor': scaling.factor,
@@ -36,7 +61,40 @@ def hf_config(config: DecoderConfig):
       'high_freq_factor': scaling.high_freq_factor,
       'original_max_position_embeddings': scaling.original_max_position,
     }
-  kind = {'llama': transformers.LlamaConfig, 'qwen2': transformers.Qwen2Config}[config.family]
+  elif isinstance(scaling, LinearScaling):
+    rope |= {'rope_type': 'linear', 'factor': scaling.factor}
+  elif isinstance(scaling, YarnScaling):
+    rope |= {
+      'rope_type': 'yarn',
+      'factor': scaling.factor,
+      'original_max_position_embeddings': scaling.original_max_position,
+      'beta_fast': scaling.beta_fast,
+      'beta_slow': scaling.beta_slow,
+    }
+    if config.family == 'ministral3':
+      rope |= {'mscale': 1.0, 'mscale_all_dim': 1.0, 'llama_4_scaling_beta': scaling.query_beta}
+    else:
+      rope['attention_factor'] = scaling.attention_factor
+  special = {'rope_parameters': rope}
+  if config.family == 'gemma3':
+    special = {
+      'rope_parameters': {
+        'full_attention': rope,
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': config.local_rope_theta},
+      },
+      'sliding_window': config.sliding_window,
+      'sliding_window_pattern': config.global_every,
+      'query_pre_attn_scalar': config.query_pre_attn_scalar,
+    }
+  elif config.family == 'ministral3':
+    special['sliding_window'] = config.sliding_window or None
+  kind = {
+    'llama': transformers.LlamaConfig,
+    'qwen2': transformers.Qwen2Config,
+    'qwen3': transformers.Qwen3Config,
+    'gemma3': transformers.Gemma3TextConfig,
+    'ministral3': transformers.Ministral3Config,
+  }[config.family]
   return kind(
     vocab_size=config.vocab_size,
     hidden_size=config.embed_dim,
@@ -48,8 +106,12 @@ def hf_config(config: DecoderConfig):
     rms_norm_eps=config.norm_eps,
     tie_word_embeddings=config.tie_embeddings,
     max_position_embeddings=config.max_position,
-    rope_parameters=rope,
+    # Inside these tiny vocabularies.
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
     attn_implementation='eager',
+    **special,
   )
 
 
@@ -59,10 +121,11 @@ def build(config: DecoderConfig, device: str = 'cpu'):
     model = transformers.AutoModelForCausalLM.from_config(hf_config(config), dtype=torch.float32)
   if device != 'meta':
     torch.manual_seed(0)
+    centre = 0.0 if config.family == 'gemma3' else 1.0
     with torch.no_grad():
       for name, value in model.named_parameters():
         # Wider than the usual init and off-centre norms, so that a slip shows.
-        value.normal_(1.0 if 'norm' in name else 0.0, 0.2)
+        value.normal_(centre if 'norm' in name else 0.0, 0.2)
   return model.eval()
 
 
@@ -74,6 +137,19 @@ def names(config: DecoderConfig) -> dict[str, tuple[str, bool]]:
     'blocks.attn_norm.scale': ('model.layers.{}.input_layernorm.weight', False),
     'blocks.mlp_norm.scale': ('model.layers.{}.post_attention_layernorm.weight', False),
   }
+  if config.family == 'gemma3':
+    for flat, name in (
+      ('attn_post_norm', 'post_attention'),
+      ('mlp_norm', 'pre_feedforward'),
+      ('mlp_post_norm', 'post_feedforward'),
+    ):
+      table[f'blocks.{flat}.scale'] = ('model.layers.{}.' + f'{name}_layernorm.weight', False)
+  if config.family in ('qwen3', 'gemma3'):
+    for letter in 'qk':
+      table[f'blocks.attn.{letter}_norm.scale'] = (
+        'model.layers.{}.self_attn.' + f'{letter}_norm.weight',
+        False,
+      )
   for letter in 'qkvo':
     table[f'blocks.attn.{letter}.kernel'] = (
       'model.layers.{}.self_attn.' + f'{letter}_proj.weight',
