@@ -184,6 +184,9 @@ def _load_folder(
       for name in files
       if 'language_model.' in name or name == 'lm_head.weight'}
     config = dataclasses.replace(config, tie_embeddings='lm_head.weight' not in stored)
+  elif 'embed_tokens.weight' in files:  # a model without a head, for embeddings
+    stored = {f'model.{name}': name for name in files}
+    config = dataclasses.replace(config, tie_embeddings=True)
   available = {
     name
     for name in stored

@@ -32,9 +32,10 @@ class TextEmbedder:
       queries: the texts are queries, which some encoders read differently.
     """
     self._encoder = encoder
-    self._encode = encoder.encode
+    self._encode, self._count = encoder.encode, encoder.count_tokens
     if queries:
       self._encode = getattr(encoder, 'encode_queries', encoder.encode)
+      self._count = getattr(encoder, 'count_query_tokens', encoder.count_tokens)
     self._path = pathlib.Path(path) if path is not None else None
     self._vectors: dict[str, np.ndarray] = {}
     self.tokens_read = 0
@@ -68,7 +69,7 @@ class TextEmbedder:
 
   def count_tokens(self, text: str) -> int:
     """Tokens that the encoder reads for `text`."""
-    return self._encoder.count_tokens(text)
+    return self._count(text)
 
   def save(self) -> None:
     """Writes all vectors to `path`, whole or not at all."""
