@@ -8,7 +8,6 @@ with the same adapter, bit for bit, as a run that was never stopped.
 
 import json
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -63,11 +62,13 @@ def choose_mesh(config, architecture, lora=None):
     lora: its adapter's shape; None where there is none.
 
   Raises:
-    UserError: no sizes, not as many devices, or rows that do not divide.
+    UserError: no sizes, not as many devices, rows that do not divide, or a process of several that
+      would have nothing to do.
   """
   import jax
 
   from models import decoder, memory, sharding
+  from training import processes
 
   if config.mesh == 'auto':
     sizes, why = memory.choose_sizes(
@@ -78,7 +79,7 @@ def choose_mesh(config, architecture, lora=None):
       batch_rows=config.batch_rows,
       row_len=config.row_len,
     )
-    print(why, file=sys.stderr)
+    processes.say(why)
     sizes = {'slices': sizes.pop('slice'), **sizes}
   else:
     sizes = sharding.parse_sizes(config.mesh)
@@ -88,6 +89,12 @@ def choose_mesh(config, architecture, lora=None):
     raise errors.UserError(
       f'batch_rows={config.batch_rows} does not divide into the {shards} slice, data and fsdp '
       'shards of the mesh.'
+    )
+  if jax.process_count() > 1 and mesh.size != jax.device_count():
+    raise errors.UserError(
+      f'The mesh {dict(mesh.shape)} has {mesh.size} of the {jax.device_count()} devices of '
+      f'{jax.process_count()} processes, which all have to be in it; give '
+      f'batch_rows={config.batch_rows} another size, or mesh=DATA,FSDP,TENSOR.'
     )
   return mesh
 
@@ -144,10 +151,11 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
 
   from models import decoder, memory, sharding
   from training import optimizer as optimizer_lib
-  from training import packing, speed
+  from training import packing, processes, speed
   from training import remat as remat_lib
   from training import step as step_lib
   from training.checkpoint import Checkpoints
+  from training.feed import Feed
   from training.metrics import Metrics
 
   shards = sharding.batch_shards(mesh)
@@ -168,7 +176,9 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
     schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm
   )
   # Nothing is written before all of the command has been found good.
-  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
+  processes.by_first(
+    lambda: workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
+  )
   state, shardings = step_lib.init_state(model, optimizer, mesh)
   make_step = functools.partial(
     step_lib.make_train_step,
@@ -204,28 +214,27 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
     model.config, model.lora_config, places, loss_places, config.row_len
   ) * (batches.num_steps - start)
   minutes = speed.predict_seconds(flops, config.dtype, mesh.size) / 60
-  print(
+  processes.say(
     f'training: {rows.num_examples} examples in {rows.num_rows} rows of {config.row_len} '
     f'({rows.efficiency:.0%} full), {batches.num_tokens} tokens, {batches.num_loss_tokens} with a '
     f'loss; steps {start} to {batches.num_steps} on {mesh.size} of {jax.device_count()} devices, '
-    f'about {minutes:.1f} min',
-    file=sys.stderr,
+    f'about {minutes:.1f} min'
   )
 
   # The loop. A step's metrics are read while the next one runs.
-  place = step_lib.batch_shardings(mesh)
-  metrics = Metrics(workdir / 'metrics.jsonl', batches.num_steps, start, config.log_every)
+  feed = Feed(batches, mesh)
+  path = workdir / 'metrics.jsonl' if processes.is_first() else None
+  metrics = Metrics(path, batches.num_steps, start, config.log_every)
   loop_started, pending = time.perf_counter(), None
   try:
     for step in range(start, batches.num_steps):
-      batch = batches[step]
-      num_tokens = int((batch['segment_ids'] > 0).sum())
+      batch = feed[step]
       # Activations are constrained, and kernels are split, by the mesh that is set.
       with jax.set_mesh(mesh):
-        state, values = train_step(state, model.frozen, jax.device_put(batch, place))
+        state, values = train_step(state, model.frozen, batch)
       if pending:
         metrics.add(*pending)
-      pending = (step, values, num_tokens)
+      pending = (step, values, batches.tokens_in(step))
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == batches.num_steps:
         # Also keeps a state that is not finite from being saved.
         metrics.add(*pending)
@@ -266,17 +275,20 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
   workdir = pathlib.Path(workdir)
   check(config)
   examples, counts, fingerprints = load_data(config)
-  workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
   summary_path = workdir / 'summary.json'
-  if summary_path.exists():
-    print(f'{workdir} is finished already.', file=sys.stderr)
-    return json.loads(summary_path.read_text())
-
-  import jax
 
   from agents.policy import load_base
   from models import decoder, registry, weights
-  from training import packing
+  from training import packing, processes
+
+  def finished() -> dict | None:
+    workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
+    return json.loads(summary_path.read_text()) if summary_path.exists() else None
+
+  record = processes.by_first(finished)
+  if record is not None:
+    processes.say(f'{workdir} is finished already.')
+    return record
 
   # Model, mesh and data.
   if base is None:
@@ -297,7 +309,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
     )
   rows = packing.pack(examples, config.row_len)
   counts['too_long'] = len(rows.too_long)
-  print('episodes: ' + ', '.join(f'{name} {n}' for name, n in counts.items()), file=sys.stderr)
+  processes.say('episodes: ' + ', '.join(f'{name} {n}' for name, n in counts.items()))
   if not rows.num_loss_tokens:
     raise errors.UserError(
       f'No example fits into row_len={config.row_len} with a token to train; the shortest has '
@@ -307,32 +319,41 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
   state, record = fit(config, workdir, model, rows, mesh)
 
   # The adapter for others, and the record.
-  weights.export_peft(
-    workdir / 'adapter',
-    base.config,
-    model.lora_config,
-    jax.device_get(decoder.to_params(state.lora)),
-    # Where others find the base: its id, or the path of a model of one's own.
-    registry.HUGGING_FACE_IDS.get(config.model) or str(pathlib.Path(config.model).absolute()),
-  )
+  adapter = processes.to_host(decoder.to_params(state.lora))
   record |= {
     'episodes': counts,
     'wall_s': time.perf_counter() - started,
     'versions': summary.versions(),
   }
-  workdir_lib.write_json(summary_path, record)
+  if processes.is_first():
+    weights.export_peft(
+      workdir / 'adapter',
+      base.config,
+      model.lora_config,
+      adapter,
+      # Where others find the base: its id, or the path of a model of one's own.
+      registry.HUGGING_FACE_IDS.get(config.model) or str(pathlib.Path(config.model).absolute()),
+    )
+    workdir_lib.write_json(summary_path, record)
   return record
 
 
 def main(_):
-  record = run(flags.FLAGS.config, flags.FLAGS.workdir)
+  from training import processes
+
+  given = flags.FLAGS
+  with processes.joined(given.coordinator, given.num_processes, given.process_id):
+    record = run(given.config, given.workdir)
+    if not processes.is_first():
+      return
   loss = 'not recorded' if record['loss'] is None else f'{record["loss"]:.4f}'
   print(
     f'{record["steps"]} steps, {record["tokens"]} tokens, loss {loss}, '
-    f'{record["wall_s"] / 60:.1f} min; adapter in {flags.FLAGS.workdir}/adapter'
+    f'{record["wall_s"] / 60:.1f} min; adapter in {given.workdir}/adapter'
   )
 
 
 if __name__ == '__main__':
   cli.define_config_flags()
+  cli.define_process_flags()
   cli.run(main)

@@ -26,6 +26,14 @@ def define_config_flags(default: str | None = None) -> None:
   flags.DEFINE_string('workdir', None, 'Folder for everything that the run writes.')
 
 
+def define_process_flags() -> None:
+  """Defines what joins several processes, for the entries that train."""
+  flags.DEFINE_string(
+    'coordinator', '', 'HOST:PORT of process 0 of several, or auto: TPU pod slice, SLURM.')
+  flags.DEFINE_integer('num_processes', 0, 'How many there are, unless auto.')
+  flags.DEFINE_integer('process_id', -1, 'Which one this is, from 0, unless auto.')
+
+
 def _fail(message: str, code: int) -> None:
   print(f'error: {message}', file=sys.stderr)
   sys.exit(code)

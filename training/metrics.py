@@ -23,29 +23,34 @@ class Metrics:
     last_loss: of the newest record, None before there is one.
   """
 
-  def __init__(self, path: pathlib.Path, num_steps: int, start: int, log_every: int):
+  def __init__(self, path: pathlib.Path | None, num_steps: int, start: int, log_every: int):
     """Opens files and bar.
 
     Args:
       path: metrics.jsonl; records of steps after `start` are dropped, for they are done again.
-        TensorBoard's files are in tensorboard/ beside it.
+        TensorBoard's files are in tensorboard/ beside it. None: the process watches the loss and
+        writes nothing.
       num_steps: of the whole run.
       start: steps done before.
       log_every: steps a record covers.
     """
     self._log_every, self._last = log_every, num_steps - 1
+    self._file = self._events = None
     kept = []
-    if path.exists():
+    if path is not None and path.exists():
       lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith('}')]
       kept = [line for line in lines if line['step'] <= start]
-    # Beside the place and renamed: a run that is killed here, or on a full disk, keeps its records.
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-    os.replace(temporary, path)
-    self._file = path.open('a')
-    self._events = EventFile(path.parent / 'tensorboard', kept)
+    if path is not None:
+      # Beside the place and renamed: a run that is killed here, or on a full disk, keeps its
+      # records.
+      temporary = path.with_name(f'{path.name}.tmp')
+      temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+      os.replace(temporary, path)
+      self._file = path.open('a')
+      self._events = EventFile(path.parent / 'tensorboard', kept)
     self._bar = tqdm.tqdm(
-      total=num_steps, initial=start, unit='step', desc='train', file=sys.stderr
+      total=num_steps, initial=start, unit='step', desc='train', file=sys.stderr,
+      disable=path is None,
     )
     self._since, self._losses, self._tokens = time.perf_counter(), [], 0
     self.tokens = 0
@@ -78,15 +83,18 @@ class Metrics:
       'tokens_per_s': self._tokens / seconds,
     }
     self.last_loss = record['loss']
-    self._file.write(json.dumps(record) + '\n')
-    self._file.flush()
-    self._events.add(record)
+    if self._file is not None:
+      self._file.write(json.dumps(record) + '\n')
+      self._file.flush()
+      self._events.add(record)
     self._bar.set_postfix_str(f'loss {record["loss"]:.3f}, {record["tokens_per_s"]:.0f} tok/s')
     self._since, self._losses, self._tokens = time.perf_counter(), [], 0
 
   def close(self) -> None:
     """Ends bar and files."""
     self._bar.close()
+    if self._file is None:
+      return
     try:
       self._file.close()
     finally:

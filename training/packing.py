@@ -153,18 +153,18 @@ class Batches:
       raise ValueError(f'{batch_rows} rows do not divide into {num_shards} shards.')
     self._rows, self._seed = rows, seed
     self._shape = (grad_accum, batch_rows)
-    self._shards = num_shards
+    self.num_shards = num_shards
     self.steps_per_epoch = math.ceil(rows.num_rows / (batch_rows * grad_accum))
     self.num_steps = math.ceil(epochs * self.steps_per_epoch - 1e-9)
     self._order = (-1, np.zeros(0, np.int64))
     # One more, empty, row to fill up with.
     per_row = np.append(rows.loss_mask.sum(axis=1), 0)
-    tokens = np.append((rows.segment_ids > 0).sum(axis=1), 0)
+    self._row_tokens = np.append((rows.segment_ids > 0).sum(axis=1), 0)
     most, self.num_tokens, self.num_loss_tokens = 0, 0, 0
     for step in range(self.num_steps):
       picked = self._pick(step)
       most = max(most, int(per_row[picked].reshape(grad_accum, num_shards, -1).sum(-1).max()))
-      self.num_tokens += int(tokens[picked].sum())
+      self.num_tokens += self.tokens_in(step)
       self.num_loss_tokens += int(per_row[picked].sum())
     self.loss_budget = max(1, math.ceil(most / budget_multiple)) * budget_multiple
 
@@ -178,6 +178,10 @@ class Batches:
     size = math.prod(self._shape)
     return self._order[1][place * size : (place + 1) * size].reshape(self._shape)
 
+  def tokens_in(self, step: int) -> int:
+    """Tokens of a step that are not padding."""
+    return int(self._row_tokens[self._pick(step)].sum())
+
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     """The batch of a step, 0 <= step < num_steps.
 
@@ -186,24 +190,27 @@ class Batches:
       int32 'loss_index' (the place that predicts it, within the shard's B / G * T places), int32
       'loss_target', float32 'loss_weight' (0 in the unused part of the budget).
     """
-    picked = self._pick(step)
+    parts = [self.part(step, shard) for shard in range(self.num_shards)]
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+  def part(self, step: int, shard: int) -> dict[str, np.ndarray]:
+    """What one shard gets of the batch: [A, B / G, T] and [A, 1, M]; no other row is made."""
+    accum = self._shape[0]
+    picked = self._pick(step).reshape(accum, self.num_shards, -1)[:, shard]
     row = np.minimum(picked, self._rows.num_rows - 1)
     real = (picked < self._rows.num_rows)[..., None]
     batch = {
       name: np.where(real, getattr(self._rows, name)[row], 0)
       for name in ('tokens', 'segment_ids', 'positions')
     }
-    accum, size = self._shape
-    shards = (accum, self._shards, -1)
-    mask = np.where(real, self._rows.loss_mask[row], False).reshape(shards)
-    tokens = batch['tokens'].reshape(shards)
-    index, target = (np.zeros((accum, self._shards, self.loss_budget), np.int32) for _ in range(2))
+    mask = np.where(real, self._rows.loss_mask[row], False).reshape(accum, -1)
+    tokens = batch['tokens'].reshape(accum, -1)
+    index, target = (np.zeros((accum, 1, self.loss_budget), np.int32) for _ in range(2))
     weight = np.zeros(index.shape, np.float32)
     for a in range(accum):
-      for g in range(self._shards):
-        found = np.flatnonzero(mask[a, g])
-        # The place before a loss token is in its own segment: a first token never counts.
-        index[a, g, : len(found)] = found - 1
-        target[a, g, : len(found)] = tokens[a, g, found]
-        weight[a, g, : len(found)] = 1.0
+      found = np.flatnonzero(mask[a])
+      # The place before a loss token is in its own segment: a first token never counts.
+      index[a, 0, : len(found)] = found - 1
+      target[a, 0, : len(found)] = tokens[a, found]
+      weight[a, 0, : len(found)] = 1.0
     return batch | {'loss_index': index, 'loss_target': target, 'loss_weight': weight}
