@@ -3,12 +3,17 @@
   python train.py --config=configs/train.py:data=runs/teacher --workdir=runs/distilled
 
 See configs/train.py for every key. The same command again goes on where a stopped run was, and ends
-with the same adapter, bit for bit, as a run that was never stopped.
+with the same adapter, bit for bit, as a run that was never stopped. SIGTERM (a preemption) saves
+and exits with code 143.
 """
 
+import contextlib
+import dataclasses
+import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -18,8 +23,9 @@ from data import errors, summary, trajectory
 from data import workdir as workdir_lib
 from training import dataset
 
-# Keys that may differ when a run is continued: they change how it is watched, not what is learnt.
-FREE_KEYS = ('checkpoint_every', 'log_every')
+# Keys that may differ when a run is continued: they change how it is computed and watched, not what
+# is learnt (on another mesh sums are taken in another order).
+FREE_KEYS = ('checkpoint_every', 'log_every', 'profile_steps', 'mesh', 'remat')
 
 
 def load_data(config) -> tuple[list, dict[str, int], set[str]]:
@@ -131,22 +137,34 @@ def check(config) -> None:
     raise errors.UserError(f'remat={config.remat!r}: choose auto, none, mlp or full.')
 
 
-def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str, Any]]:
+def fit(
+  config,
+  workdir: pathlib.Path,
+  model,
+  rows,
+  mesh,
+  score: Callable[[Any], float] | None = None,
+) -> tuple[Any, dict[str, Any]]:
   """Trains what `model` does not hold frozen on packed rows, from the newest checkpoint on.
 
   Args:
     config: rows of a step, optimizer, seed and intervals, as in configs/train.py; written to the
       folder, which refuses every other one from then on.
-    workdir: gets checkpoints/ and metrics.jsonl.
+    workdir: gets checkpoints/, metrics.jsonl, tensorboard/ and profile/.
     model: a `decoder.Model` on `mesh`; its trained arrays are donated.
     rows: `packing.Rows`, at least one with a loss token.
     mesh: of `choose_mesh`.
+    score: says how good a `decoder.Model` is, the higher the better, such as the share of tasks
+      that it solves. Asked at every checkpoint; the one with the highest score is what training
+      ends with. It must not keep the model, whose arrays the next step takes.
 
   Returns:
-    (state, record): the last `step.TrainState`, and what summary.json says about the training.
-  """
-  import functools
+    (state, record): the last `step.TrainState`, or the best one where there are scores; and what
+    summary.json says about the training.
 
+  Raises:
+    errors.Preempted: SIGTERM; a checkpoint is saved.
+  """
   import jax
 
   from models import decoder, memory, sharding
@@ -157,7 +175,14 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
   from training.checkpoint import Checkpoints
   from training.feed import Feed
   from training.metrics import Metrics
+  from training.preemption import Preemption
+  from training.profile import Profile
 
+  if score and jax.process_count() > 1:
+    raise errors.UserError(
+      'Scores are given in one process; train there, or select among finished runs.'
+    )
+  profile = Profile(config.profile_steps, workdir / 'profile')
   shards = sharding.batch_shards(mesh)
   batches = packing.Batches(
     rows,
@@ -202,52 +227,90 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
     train_step = make_step(remat=remat)
   checkpoints = Checkpoints(
     workdir / 'checkpoints',
-    {'rows': rows.digest(), 'seed': config.seed, 'num_steps': batches.num_steps},
+    {
+      'rows': rows.digest(),
+      'seed': config.seed,
+      'num_steps': batches.num_steps,
+      'model': f'{model.config.name} {model.config.num_layers}x{model.config.embed_dim}',
+      'rank': model.lora_config.rank if model.lora_config else 0,
+    },
   )
   state = checkpoints.restore(state, shardings) or state
   start = int(state.step)
 
+  def give_score(step: int) -> None:
+    if score and step not in checkpoints.scores:
+      checkpoints.mark(step, score(dataclasses.replace(model, lora=state.lora)))
+
+  if start:
+    give_score(start)
+
   # What it will take.
   places = config.grad_accum * config.batch_rows * config.row_len
   loss_places = config.grad_accum * shards * batches.loss_budget
-  flops = speed.train_flops(
+  step_flops = speed.train_flops(
     model.config, model.lora_config, places, loss_places, config.row_len
-  ) * (batches.num_steps - start)
-  minutes = speed.predict_seconds(flops, config.dtype, mesh.size) / 60
+  )
+  rate = speed.product_rate(config.dtype)
+  predicted_s = speed.predict_seconds(step_flops * (batches.num_steps - start), rate * mesh.size)
   processes.say(
     f'training: {rows.num_examples} examples in {rows.num_rows} rows of {config.row_len} '
     f'({rows.efficiency:.0%} full), {batches.num_tokens} tokens, {batches.num_loss_tokens} with a '
     f'loss; steps {start} to {batches.num_steps} on {mesh.size} of {jax.device_count()} devices, '
-    f'about {minutes:.1f} min'
+    f'about {predicted_s / 60:.1f} min'
   )
 
-  # The loop. A step's metrics are read while the next one runs.
+  # The loop. It runs ahead of the devices: nothing in it waits for a step but a record of the one
+  # before, and a checkpoint. What would move an array unasked raises.
   feed = Feed(batches, mesh)
-  path = workdir / 'metrics.jsonl' if processes.is_first() else None
-  metrics = Metrics(path, batches.num_steps, start, config.log_every)
-  loop_started, pending = time.perf_counter(), None
-  try:
-    for step in range(start, batches.num_steps):
-      batch = feed[step]
-      # Activations are constrained, and kernels are split, by the mesh that is set.
-      with jax.set_mesh(mesh):
-        state, values = train_step(state, model.frozen, batch)
-      if pending:
-        metrics.add(*pending)
-      pending = (step, values, batches.tokens_in(step))
-      if (step + 1) % config.checkpoint_every == 0 or step + 1 == batches.num_steps:
-        # Also keeps a state that is not finite from being saved.
-        metrics.add(*pending)
-        pending = None
-        checkpoints.save(state)
-  finally:
-    try:
-      metrics.close()
-    finally:
-      # Whatever ends the run, a checkpoint that is being written is completed.
-      checkpoints.close()
-  loop_s = time.perf_counter() - loop_started
-  return state, {
+  peak = speed.peak_rate(config.dtype, rate)
+  metrics = Metrics(
+    workdir / 'metrics.jsonl' if processes.is_first() else None,
+    batches.num_steps,
+    start,
+    config.log_every,
+    step_flops=step_flops,
+    peak_flops=peak and peak * mesh.size,
+  )
+  loop_started = time.perf_counter()
+  # Whatever ends the run, a checkpoint that is being written is completed.
+  with contextlib.closing(checkpoints):
+    with (
+      contextlib.closing(metrics),
+      contextlib.closing(profile),
+      processes.watched(),
+      Preemption() as preemption,
+    ):
+      for step in range(start, batches.num_steps):
+        profile.before(step, state)
+        with jax.transfer_guard('disallow'):
+          feed_started = time.perf_counter()
+          batch = feed[step]
+          data_s = time.perf_counter() - feed_started
+          # Activations are constrained, and kernels are split, by the mesh that is set.
+          with jax.set_mesh(mesh):
+            state, values = train_step(state, model.frozen, batch)
+          metrics.add(step, values, batches.tokens_in(step), data_s)
+        profile.after(step, state)
+        last, stops = step + 1 == batches.num_steps, preemption.stops_after(step)
+        regular = last or (step + 1) % config.checkpoint_every == 0
+        if regular or stops:
+          # Also keeps a state that is not finite from being saved.
+          metrics.flush()
+          checkpoints.save(state)
+        if stops and not last:
+          raise errors.Preempted(
+            f'Asked to stop (SIGTERM): step {step + 1} of {batches.num_steps} is saved in '
+            f'{checkpoints.folder}; start the same command again to go on.'
+          )
+        if regular:
+          # While the checkpoint is being written.
+          give_score(step + 1)
+    loop_s = time.perf_counter() - loop_started
+    best = checkpoints.best() if score else None
+    if best is not None and best != batches.num_steps:
+      state = checkpoints.restore(state, shardings, best)
+  record = {
     'steps': batches.num_steps,
     'tokens': batches.num_tokens,
     'loss_tokens': batches.num_loss_tokens,
@@ -258,18 +321,27 @@ def fit(config, workdir: pathlib.Path, model, rows, mesh) -> tuple[Any, dict[str
     'resumed_at': start,
     'tokens_per_s': metrics.tokens / loop_s if metrics.tokens else None,
     'train_s': loop_s,
-    'predicted_s': minutes * 60,
+    'predicted_s': predicted_s,
     'loss': metrics.last_loss,
   }
+  if best is not None:
+    record['best'] = {'step': best, 'score': checkpoints.scores[best]}
+  return state, record
 
 
-def run(config, workdir: str | pathlib.Path, base=None) -> dict:
+def run(
+  config,
+  workdir: str | pathlib.Path,
+  base=None,
+  score: Callable[[Any], float] | None = None,
+) -> dict:
   """Trains, or goes on, or does nothing where the run is finished; returns summary.json's content.
 
   Args:
     config: as configs/train.py makes it.
     workdir: the run's folder.
     base: an `agents.policy.Base` that is loaded already; None loads what the config names.
+    score: of checkpoints, as `fit` takes it; the adapter is then that of the best one.
   """
   started = time.perf_counter()
   workdir = pathlib.Path(workdir)
@@ -316,7 +388,7 @@ def run(config, workdir: str | pathlib.Path, base=None) -> dict:
       f'{min(len(e.tokens) for e in examples)} tokens.'
     )
   model = make_model(config, base, mesh)
-  state, record = fit(config, workdir, model, rows, mesh)
+  state, record = fit(config, workdir, model, rows, mesh, score)
 
   # The adapter for others, and the record.
   adapter = processes.to_host(decoder.to_params(state.lora))

@@ -124,6 +124,9 @@ def run(main: Callable[[list[str]], None], required: tuple[str, ...] = ('config'
       main(argv)
     except errors.UserError as error:
       _fail(str(error), 1)
+    except errors.Preempted as stopped:
+      print(stopped, file=sys.stderr)
+      sys.exit(errors.EXIT_PREEMPTED)
     except KeyboardInterrupt:
       _fail('Stopped; start the same command again to go on.', 130)
     except Exception as error:

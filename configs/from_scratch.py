@@ -45,6 +45,7 @@ DEFAULTS = dict(
   remat='auto',  # recomputed in the backward pass: none, mlp, full; auto: the least that fits
   checkpoint_every=100,  # steps
   log_every=10,  # steps
+  profile_steps='',  # first,last: a trace of these steps for XProf, in profile/
 )
 
 HELP_KEYS = (

@@ -57,6 +57,7 @@ DEFAULTS = dict(
   remat='auto',  # recomputed in the backward pass: none, mlp, full; auto: the least that fits
   checkpoint_every=20,  # steps
   log_every=1,  # steps
+  profile_steps='',  # first,last: a trace of these steps for XProf, in profile/
 )
 
 HELP_KEYS = (

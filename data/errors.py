@@ -14,6 +14,17 @@ class UserError(Exception):
   """
 
 
+class Preempted(Exception):
+  """The system has asked the run to stop (SIGTERM), and what it has done is saved.
+
+  Entry points print the message and exit with `EXIT_PREEMPTED`.
+  """
+
+
+# 128 + SIGTERM, what a shell reports of a process that the signal ended.
+EXIT_PREEMPTED = 143
+
+
 def full_disk(error: BaseException | None) -> BaseException | None:
   """The error of a full disk (or an exceeded quota) among an exception and what led to it.
 

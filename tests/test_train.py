@@ -9,18 +9,21 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import train
 from agents import policy
 from configs import train as train_config
-from data import trajectory
+from data import errors, trajectory
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from models import decoder, registry, weights
 from models.lora import LoraConfig
 from tests.agents import fakes
+from training import step as step_lib
 
 KINDS = {name: trajectory.KIND[name] for name in trajectory.KINDS}
 
@@ -246,6 +249,99 @@ def test_peft_opens_the_trained_adapter_by_itself(rooms, tmp_path):
   assert np.abs(theirs_logits(theirs.merge_and_unload()) - want).max() < 1e-4
 
 
+def terminate_after(step):
+  """Scores 0; SIGTERM comes while the checkpoint of that step is scored."""
+
+  def score(model):
+    score.calls += 1
+    if score.calls == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return 0.0
+
+  score.calls = 0
+  return score
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(rooms, finished, tmp_path):
+  before = signal.getsignal(signal.SIGTERM)
+  config = train_config.make(values(rooms, profile_steps='2,3'))
+  with pytest.raises(errors.Preempted, match=r'step 8 of .* start the same command again'):
+    train.run(config, tmp_path, score=terminate_after(1))
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert not (tmp_path / 'summary.json').exists()
+  assert (tmp_path / 'checkpoints' / '8').is_dir()
+  # The trace is where TensorBoard's profile plugin looks, and holds the steps.
+  (trace,) = (tmp_path / 'profile' / 'plugins' / 'profile').glob('*/*.xplane.pb')
+  planes = {plane.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes}
+  assert '/host:CPU' in planes
+  record = train.run(train_config.make(values(rooms)), tmp_path)
+  assert record['resumed_at'] == 8
+  name = pathlib.Path('adapter') / 'adapter_model.safetensors'
+  assert (tmp_path / name).read_bytes() == (finished[1] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_command_with_its_own_exit_code(rooms, tmp_path):
+  process = subprocess.Popen(
+    command(rooms, tmp_path / 'run', epochs=400), stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE, text=True)
+  while not (tmp_path / 'run' / 'checkpoints' / '7').is_dir():
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == errors.EXIT_PREEMPTED == 143
+  assert 'start the same command again to go on' in said.splitlines()[-1]
+  assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+def test_goes_on_with_another_mesh(rooms, tmp_path):
+  changes = {'batch_rows': 8, 'checkpoint_every': 2, 'epochs': 6}
+  whole = train_config.make(values(rooms, mesh='8,1,1', **changes))
+  train.run(whole, tmp_path / 'whole')
+  with pytest.raises(errors.Preempted):
+    train.run(whole, tmp_path / 'run', score=terminate_after(2))
+  record = train.run(
+    train_config.make(values(rooms, mesh='2,2,2', **changes)), tmp_path / 'run')
+  assert 4 < record['resumed_at'] < record['steps']
+  a, b = (safetensors.numpy.load_file(tmp_path / name / 'adapter' / 'adapter_model.safetensors')
+          for name in ('run', 'whole'))
+  for name in a:
+    # Adam's steps do not shrink with the gradient: what is noise in it is seen in the adapter.
+    assert np.abs(a[name] - b[name]).max() < 1e-3 * np.abs(b[name]).max(), name
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_becomes_the_adapter(rooms, tmp_path):
+  scores, seen = iter([0.1, 0.7, 0.3]), []
+
+  def score(model):
+    seen.append(jax.device_get(decoder.to_params(model.lora)))
+    return next(scores)
+
+  record = train.run(
+    train_config.make(values(rooms, epochs=3, checkpoint_every=5)), tmp_path, score=score)
+  assert len(seen) == 3 and record['steps'] > 10
+  assert record['best'] == {'step': 10, 'score': 0.7}
+  config = registry.shrink(registry.get_config('smollm2_135m'), vocab_size=_vocab(rooms))
+  _, adapter = weights.load_peft(tmp_path / 'adapter', config)
+  for name, value in adapter.items():
+    np.testing.assert_array_equal(value, seen[1][name])
+    assert np.abs(value - seen[2][name]).max() > 0
+
+
+def test_nothing_is_moved_unasked_in_the_loop(rooms, tmp_path, monkeypatch):
+  double = jax.jit(lambda x: x * 2)
+
+  def make_train_step(*_, **__):
+    return lambda state, frozen, batch: (state, {'loss': double(np.ones(3)).sum()})
+
+  monkeypatch.setattr(step_lib, 'make_train_step', make_train_step)
+  with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+    train.run(train_config.make(values(rooms)), tmp_path)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
   config = train_config.make(
     values(rooms, learning_rate=1e30, warmup_fraction=0.0, clip_norm=0.0, checkpoint_every=1)
@@ -271,6 +367,8 @@ def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
     ({'loss_on': 'thoughts'}, 'loss_on'),
     ({'schedule': 'step'}, 'schedule'),
     ({'remat': 'some'}, 'remat'),
+    ({'profile_steps': '3'}, 'profile_steps'),
+    ({'profile_steps': '3,2'}, 'profile_steps'),
     ({'init_adapter': '/nowhere'}, '/nowhere'),
   ],
 )

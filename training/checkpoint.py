@@ -1,21 +1,28 @@
 """Checkpoints of what training changes: adapter, optimizer, step, and the data's identity.
 
+The step is the position in the data and, with the seed, the state of every random draw.
+
 Orbax writes a checkpoint beside its place and renames it, so a killed process leaves none that is
 half there. A disk can still tear one; its arrays then come back as an error or as zeros, so a
 checksum of the arrays is kept with them.
 """
 
+import json
+import os
 import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from data.errors import UserError
+from training import processes
 from training.step import TrainState
 
 _STATE, _META = 'state', 'meta'
+_SCORES = 'scores.json'
 
 
 def _leaves(state: TrainState) -> dict[str, jax.Array]:
@@ -55,91 +62,162 @@ def _checksum(leaves: dict[str, jax.Array]) -> str:
 
 
 class Checkpoints:
-  """The checkpoints of one run, newest last; the two newest are kept."""
+  """The checkpoints of one run: the newest ones are kept, and those with the highest scores.
 
-  def __init__(self, folder: pathlib.Path, identity: dict[str, str | int]):
+  A score is what somebody who has played with a checkpoint says of it, such as its share of solved
+  tasks. It is known after the checkpoint has been saved (`mark`), and is kept beside them.
+
+  Attributes:
+    scores: step -> score, of this and earlier starts.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    identity: dict[str, str | int],
+    *,
+    newest: int = 2,
+    best: int = 1,
+  ):
     """Opens the folder.
 
     Args:
-      folder: made if it is not there.
+      folder: made if it is not there; also of an object store, gs://BUCKET/FOLDER.
       identity: what a checkpoint must agree with to be resumed: seed, digest of the packed rows...
+      newest: how many of the newest are kept.
+      best: how many of those with the highest scores are kept besides.
     """
-    self.folder = pathlib.Path(folder).absolute()
-    self._identity = identity
+    remote = '://' in os.fspath(folder)
+    self.folder = epath.Path(folder if remote else pathlib.Path(folder).absolute())
+    self._identity, self._newest, self._best = identity, newest, best
+    self.scores = {int(k): v for k, v in processes.by_first(self._read_scores).items()}
     self._manager = self._open()
 
-  def _open(self) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-      self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    )
+  def _read_scores(self) -> dict[str, float]:
+    try:
+      return json.loads((self.folder / _SCORES).read_text())
+    except FileNotFoundError:
+      return {}
+    except json.JSONDecodeError as error:
+      raise UserError(
+        f'{self.folder / _SCORES} is not readable JSON ({error}); remove it to go on without the '
+        'scores.') from error
 
-  def save(self, state: TrainState) -> None:
-    """Starts writing a checkpoint; the arrays are copied before this returns."""
-    leaves = _leaves(state)
+  def _open(self) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(create=True, preservation_policy=self)
+    return ocp.CheckpointManager(self.folder, options=options)
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Orbax asks which of these, oldest first, to keep."""
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*steps[-self._newest :], *self._by_score(steps)[: self._best]}
+    return [step in kept for step in steps]
+
+  def _by_score(self, steps) -> list[int]:
+    """Those with a score, the highest first, of equal ones the earliest."""
+    return sorted((s for s in steps if s in self.scores), key=lambda s: (-self.scores[s], s))
+
+  def best(self) -> int | None:
+    """The step of the kept checkpoint with the highest score; None where none has one."""
+    return next(iter(self._by_score(self._manager.all_steps())), None)
+
+  def save(self, state: TrainState, score: float | None = None) -> None:
+    """Starts writing a checkpoint; the arrays are copied before this returns.
+
+    Args:
+      state: whole or sharded, in every process.
+      score: where it is known already; otherwise `mark` it later.
+    """
+    leaves, step = _leaves(state), int(jax.device_get(state.step))
+    if score is not None:
+      self.mark(step, score)
     meta = {'identity': self._identity, 'checksum': _checksum(leaves)}
     self._manager.save(
-      int(state.step),
+      step,
       args=ocp.args.Composite(
         **{_STATE: ocp.args.StandardSave(leaves), _META: ocp.args.JsonSave(meta)}
       ),
     )
 
-  def restore(self, state: TrainState, shardings: TrainState) -> TrainState | None:
+  def mark(self, step: int, score: float) -> None:
+    """Notes the score of a checkpoint; which ones are kept is settled at the next save."""
+    self.scores[step] = float(score)
+    if processes.is_first():
+      self.folder.mkdir(parents=True, exist_ok=True)
+      partial = self.folder / f'{_SCORES}.tmp'
+      partial.write_text(json.dumps({str(step): value for step, value in self.scores.items()}))
+      partial.replace(self.folder / _SCORES)
+
+  def restore(
+    self, state: TrainState, shardings: TrainState, step: int | None = None
+  ) -> TrainState | None:
     """The newest checkpoint that is whole, or None.
 
     A torn one is set aside as `<step>.torn` with a message, and the one before it is used.
 
     Args:
       state: gives structure, shapes and dtypes.
-      shardings: where to put the arrays.
+      shardings: where to put the arrays, also those of another mesh than the one that saved them.
+      step: this one or an older one instead of the newest.
 
     Raises:
       UserError: the checkpoint belongs to another run.
     """
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    self._manager.wait_until_finished()
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for found in steps if step is None else [s for s in steps if s <= step]:
+      torn, leaves = '', {}
       try:
-        leaves, meta = self._read(step, state, shardings)
+        meta = self._manager.restore(
+          found, args=ocp.args.Composite(**{_META: ocp.args.JsonRestore()}))[_META]
+        self._check_identity(meta['identity'])
+        leaves = self._read(found, state, shardings)
+        if meta['checksum'] != _checksum(leaves):
+          torn = 'its checksum differs'
+      except UserError:
+        raise
       # Orbax and TensorStore have no common class for "this file is damaged".
       except Exception as error:
-        self._set_aside(step, ' '.join(str(error).split())[:120])
-        continue
-      if meta['identity'] != self._identity:
-        changed = ', '.join(
-          f'{key} {meta["identity"].get(key)} -> {value}'
-          for key, value in self._identity.items()
-          if meta['identity'].get(key) != value
-        )
-        raise UserError(
-          f'{self.folder} is of another run ({changed}); take another --workdir or remove it.'
-        )
-      if meta.get('checksum') != _checksum(leaves):
-        self._set_aside(step, 'its checksum differs')
-        continue
-      flat = [leaves[name] for name in sorted(leaves)]
-      return jax.tree.unflatten(jax.tree.structure(state), flat)
+        torn = ' '.join(str(error).split())[:120] or type(error).__name__
+      if not processes.anywhere(bool(torn)):
+        return jax.tree.unflatten(
+          jax.tree.structure(state), [leaves[name] for name in sorted(leaves)])
+      self._set_aside(found, torn or 'another process says so')
     return None
 
-  def _read(self, step, state, shardings):
+  def _check_identity(self, found: dict[str, str | int]) -> None:
+    changed = ', '.join(
+      f'{key} {found.get(key)} -> {value}'
+      for key, value in self._identity.items()
+      if found.get(key) != value
+    )
+    if changed:
+      raise UserError(
+        f'{self.folder} is of another run ({changed}); take another --workdir or remove it.'
+      )
+
+  def _read(self, step, state, shardings) -> dict[str, jax.Array]:
     # nnx shardings are states of variables that hold a sharding: both flatten in one order.
     places = jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))
     abstract = {
       name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
       for (name, leaf), place in zip(_leaves(state).items(), places, strict=True)
     }
-    found = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{_STATE: ocp.args.StandardRestore(abstract), _META: ocp.args.JsonRestore()}
-      ),
-    )
-    return found[_STATE], found[_META]
+    return self._manager.restore(
+      step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)})
+    )[_STATE]
 
   def _set_aside(self, step: int, reason: str) -> None:
     print(f'Checkpoint {step} in {self.folder} is torn ({reason}); set aside.', file=sys.stderr)
     self._manager.close()
     folder = self.folder / str(step)
-    if folder.exists():
-      folder.rename(self.folder / f'{step}.torn')
+
+    def rename() -> None:
+      if folder.exists():
+        folder.rename(self.folder / f'{step}.torn')
+
+    processes.by_first(rename)
     self._manager = self._open()
 
   def close(self) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.errors import UserError
+from data import errors
 
 T = TypeVar('T')
 
@@ -50,15 +50,37 @@ def by_first(decide: Callable[[], T]) -> T:
   if is_first():
     try:
       answer = {'value': decide()}
-    except UserError as error:
+    except errors.UserError as error:
       answer = {'error': str(error)}
   text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
   text = multihost_utils.broadcast_one_to_all(text if is_first() else np.zeros(size, np.uint8))
   answer = json.loads(np.asarray(text, np.uint8).tobytes())
   if 'error' in answer:
-    raise UserError(answer['error'])
+    raise errors.UserError(answer['error'])
   return answer['value']
+
+
+def anywhere(here: bool) -> bool:
+  """Whether it is so in any process."""
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.process_allgather(np.bool_(here)).any())
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+  """Ends this process at once where another one is lost, as told of `joined`.
+
+  For what is followed by anything collective, such as closing checkpoints: that would wait for the
+  lost one.
+  """
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() > 1 and _is_lost(error):
+      _end(error)
+    raise
 
 
 @contextlib.contextmanager
@@ -81,7 +103,7 @@ def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[No
   """
   if not coordinator:
     if num_processes or process_id >= 0:
-      raise UserError(
+      raise errors.UserError(
         'num_processes and process_id need --coordinator=HOST:PORT, the address of process 0.')
     yield
     return
@@ -90,33 +112,39 @@ def joined(coordinator: str, num_processes: int, process_id: int) -> Iterator[No
       jax.distributed.initialize()
     else:
       if not 0 <= process_id < num_processes or not coordinator.rpartition(':')[2].isdigit():
-        raise UserError(
+        raise errors.UserError(
           f'--coordinator={coordinator} needs the form HOST:PORT, --num_processes, and a '
           f'--process_id below it (given: {num_processes} and {process_id}).')
       jax.distributed.initialize(coordinator, num_processes, process_id)
   except ValueError as error:
-    raise UserError(
+    raise errors.UserError(
       f'No cluster tells the processes of this run ({error}); give --coordinator=HOST:PORT, '
       '--num_processes and --process_id.') from error
   except RuntimeError as error:
-    raise UserError(
+    raise errors.UserError(
       f'The process at {coordinator} cannot be joined ({" ".join(str(error).split())[:160]}); '
       'start every process with the same --coordinator and --num_processes.') from error
   try:
     yield
+  except errors.Preempted:
+    raise
   except Exception as error:
     if jax.process_count() == 1:
       raise
     _end(error)
 
 
+def _is_lost(error: Exception) -> bool:
+  return any(sign.lower() in str(error).lower() for sign in _LOST)
+
+
 def _end(error: Exception) -> None:
   """Tells why this process ends, and ends it."""
   who = f'process {jax.process_index()} of {jax.process_count()}'
   text = ' '.join(str(error).split())
-  if isinstance(error, UserError):
+  if isinstance(error, errors.UserError):
     message = f'error: {text}' if is_first() else f'error: {who}: {text}'
-  elif any(sign.lower() in text.lower() for sign in _LOST):
+  elif _is_lost(error):
     message = (
       f'error: {who}: another process has ended ({text[:160]}); see what it says, then start the '
       'same command again in every process to go on from the newest checkpoint.')

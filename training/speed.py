@@ -13,6 +13,17 @@ from models.lora import LoraConfig
 # cores; runs took 0.8 to 1.6 times what it predicts, compilation included.
 STEP_EFFICIENCY = 0.4
 
+# Dense bfloat16 products of one JAX device, by its `device_kind`, as the makers state them.
+PEAKS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
 
 def train_flops(
   config: DecoderConfig,
@@ -67,6 +78,23 @@ def product_rate(dtype: str) -> float:
   return 2 * size**3 / best
 
 
-def predict_seconds(flops: float, dtype: str, num_devices: int) -> float:
-  """Seconds that a run of so many FLOPs takes on this machine, without compilation."""
-  return flops / (product_rate(dtype) * num_devices * STEP_EFFICIENCY)
+def peak_rate(dtype: str, measured: float) -> float | None:
+  """FLOP/s of one device at its best, of which a step's share is its MFU; None: not known.
+
+  Args:
+    dtype: operands of the products.
+    measured: of `product_rate`; a CPU's, whose makers state none.
+  """
+  if jax.default_backend() == 'cpu':
+    return measured
+  return PEAKS.get(jax.devices()[0].device_kind) if dtype == 'bfloat16' else None
+
+
+def predict_seconds(flops: float, rate: float) -> float:
+  """Seconds that a run of so many FLOPs takes, without compilation.
+
+  Args:
+    flops: as `train_flops` counts them.
+    rate: FLOP/s of a product on all devices together.
+  """
+  return flops / (rate * STEP_EFFICIENCY)

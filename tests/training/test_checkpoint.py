@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from data.errors import UserError
+from models import sharding
+from training import checkpoint
 from training.checkpoint import Checkpoints
 from training.step import TrainState
 
@@ -72,3 +75,55 @@ def test_checkpoint_of_another_run_is_named(tmp_path):
   save(tmp_path, 10)
   with pytest.raises(UserError, match='rows abc -> xyz'):
     restore(tmp_path, {'rows': 'xyz'})
+
+
+def test_the_best_are_kept_besides_the_newest(tmp_path):
+  checkpoints = Checkpoints(tmp_path, {'rows': 'abc'}, newest=2, best=2)
+  for step, score in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.1), (5, None), (6, 0.3)):
+    checkpoints.save(make_state(step))
+    if score is not None:
+      checkpoints.mark(step, score)
+  checkpoints.save(make_state(7), score=0.4)
+  checkpoints.close()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['2', '3', '6', '7', 'scores.json']
+  # Known again after a start.
+  checkpoints = Checkpoints(tmp_path, {'rows': 'abc'}, newest=2, best=2)
+  assert checkpoints.best() == 2 and checkpoints.scores[7] == 0.4
+  assert equal(checkpoints.restore(make_state(0), SHARDINGS, 2), make_state(2))
+  assert equal(checkpoints.restore(make_state(0), SHARDINGS), make_state(7))
+  checkpoints.close()
+
+
+def test_broken_scores_are_one_sentence(tmp_path):
+  (tmp_path / 'scores.json').write_text('{')
+  with pytest.raises(UserError, match=r'scores\.json is not readable'):
+    Checkpoints(tmp_path, {})
+
+
+def placed(state, sizes, axes):
+  mesh = sharding.make_mesh(*sizes)
+  shardings = jax.tree.map(
+    lambda x: NamedSharding(mesh, PartitionSpec(*axes) if x.ndim else PartitionSpec()), state)
+  return jax.device_put(state, shardings), shardings
+
+
+def test_another_mesh_gets_the_same_bits(tmp_path):
+  values = jax.random.normal(jax.random.key(0), (8, 16))
+  state = TrainState({'a': values, 'b': values.astype(jnp.bfloat16)}, {'mu': values}, jnp.int32(3))
+  one, _ = placed(state, (8, 1, 1), ('data',))
+  checkpoints = Checkpoints(tmp_path, {'rows': 'abc'})
+  checkpoints.save(one)
+  other, shardings = placed(jax.tree.map(jnp.zeros_like, state), (2, 2, 2), ('fsdp', 'tensor'))
+  found = checkpoints.restore(other, shardings)
+  checkpoints.close()
+  assert equal(found, state)
+  assert found.lora['a'].sharding == shardings.lora['a']
+  assert found.lora['a'].addressable_shards[0].data.shape == (4, 8)
+
+
+def test_a_swap_of_two_numbers_changes_the_checksum():
+  a = {'0': jnp.arange(6.0).reshape(2, 3)}
+  assert checkpoint._checksum(a) == checkpoint._checksum(placed(a, (1, 2, 1), ('fsdp',))[0])
+  swapped = {'0': a['0'].at[0, 1].set(a['0'][1, 2]).at[1, 2].set(a['0'][0, 1])}
+  assert checkpoint._checksum(a) != checkpoint._checksum(swapped)
+  assert checkpoint._checksum(a) != checkpoint._checksum({'0': a['0'].T.reshape(2, 3)})

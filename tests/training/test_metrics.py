@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
@@ -64,6 +65,7 @@ def train(workdir, start, stop, *, num_steps=10, log_every=1, shift=0.0):
   metrics = Metrics(workdir / 'metrics.jsonl', num_steps, start, log_every)
   for step in range(start, stop):
     metrics.add(step, values(step, shift), 100)
+  metrics.flush()
   return metrics
 
 
@@ -114,6 +116,7 @@ def test_an_open_tensorboard_follows_a_resumed_run(tmp_path, monkeypatch):
   assert [line['step'] for line in lines] == list(range(1, 9))
   assert_shows_the_records(curves(reader), lines)
   resumed.add(8, values(8), 100)
+  resumed.flush()
   assert_shows_the_records(curves(reader), records(tmp_path))
   resumed.close()
 
@@ -159,11 +162,51 @@ def test_lost_event_files_come_back(tmp_path):
 
 def test_a_step_that_is_no_number_is_in_neither(tmp_path):
   metrics = train(tmp_path, 0, 3)
+  metrics.add(3, values(3) | {'loss': np.float32('nan')}, 100)
   with pytest.raises(UserError, match='Step 3: loss nan'):
-    metrics.add(3, values(3) | {'loss': np.float32('nan')}, 100)
+    metrics.add(4, values(4), 100)
   metrics.close()
   assert len(records(tmp_path)) == 3
   assert_shows_the_records(curves(accumulator(tmp_path)), records(tmp_path))
+
+
+def test_a_step_is_read_when_the_next_one_has_been_given(tmp_path, monkeypatch):
+  read, device_get = [], jax.device_get
+
+  def counting(tree):
+    read.append(len(tree))
+    return device_get(tree)
+
+  monkeypatch.setattr(jax, 'device_get', counting)
+  metrics = Metrics(tmp_path / 'metrics.jsonl', 10, 0, 3)
+  for step in range(7):
+    metrics.add(step, values(step), 100)
+    # Steps 2 and 5 end a record each.
+    assert read == [3] * ((step >= 3) + (step >= 6))
+  metrics.flush()
+  assert read == [3, 3, 1] and len(records(tmp_path)) == 2
+  metrics.close()
+
+
+def test_a_record_says_how_fast_it_was(tmp_path, monkeypatch):
+  clock = iter([100.0, 104.0])
+  monkeypatch.setattr('training.metrics.time.perf_counter', lambda: next(clock))
+  metrics = Metrics(tmp_path / 'metrics.jsonl', 2, 0, 2, step_flops=3e9, peak_flops=6e9)
+  for step in range(2):
+    metrics.add(step, values(step), 100, data_s=0.25 * (step + 1))
+  metrics.flush()
+  metrics.close()
+  (record,) = records(tmp_path)
+  assert (record['step_s'], record['tokens_per_s'], record['mfu']) == (2.0, 50.0, 0.25)
+  assert record['data_s'] == 0.375 and record['memory_bytes'] > 1e7
+  # Where the devices' peak is not known, nothing is made up.
+  monkeypatch.undo()
+  (tmp_path / 'unknown').mkdir()
+  unknown = Metrics(tmp_path / 'unknown' / 'metrics.jsonl', 1, 0, 1, step_flops=3e9)
+  unknown.add(0, values(0), 100)
+  unknown.flush()
+  unknown.close()
+  assert 'mfu' not in records(tmp_path / 'unknown')[0]
 
 
 def test_neither_tensorflow_nor_torch_is_needed(tmp_path):
@@ -175,6 +218,7 @@ def test_neither_tensorflow_nor_torch_is_needed(tmp_path):
     'metrics = Metrics(pathlib.Path(sys.argv[1]) / "metrics.jsonl", 2, 0, 1)\n'
     'for step in range(2):\n'
     '  metrics.add(step, {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 3.0}, 10)\n'
+    'metrics.flush()\n'
     'metrics.close()\n')
   done = subprocess.run(
     [sys.executable, '-c', program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
