@@ -21,7 +21,7 @@ from absl import flags
 
 import envs
 from agents import episode as episode_lib
-from agents import experience_memory, expert_episodes, runner
+from agents import experience_memory, expert_episodes, formats, runner
 from agents import memory as memory_lib
 from configs import cli
 from configs import rollout as config_lib
@@ -111,8 +111,9 @@ def choose_tasks(
 
 def make_spec(config: ml_collections.ConfigDict) -> episode_lib.AgentSpec:
   """The agent of the config; for agent=expert, in the format that it writes."""
+  agent = config.expert_format if config.agent == 'expert' else config.agent
   return episode_lib.AgentSpec(
-    format=config.expert_format if config.agent == 'expert' else config.agent,
+    format=formats.name_for(agent, config.env),
     layout=config.layout, style=config.prompt, max_env_steps=config.max_env_steps,
     max_calls=config.max_calls, max_repeats=config.max_repeats,
     max_new_tokens=config.max_new_tokens)

@@ -132,22 +132,29 @@ STATEACT_FIELDS = (
   'goal', 'locations visited', 'current location', 'current inventory', 'thought', 'action')
 
 
+_NUMBERS = {4: 'four', 6: 'six'}
+
+
 class StateAct:
   """Every turn is a block that restates the state before it acts (Rozanov & Rei 2024)."""
 
   name = 'stateact'
   typical_tokens = 64
   max_tokens = 192
-  instructions = (
-    'Reply each turn with six lines: "goal:", "locations visited:", "current location:", '
-    '"current inventory:", "thought:", "action:". The action is one command.')
+  fields = STATEACT_FIELDS
+
+  @property
+  def instructions(self) -> str:
+    listed = ', '.join(f'"{name}:"' for name in self.fields)
+    return (f'Reply each turn with {_NUMBERS[len(self.fields)]} lines: {listed}. '
+            'The action is one command.')
 
   def parse(self, reply: str) -> ParsedReply:
     fields = {}
     for line in _lines(reply):
       name, colon, value = line.lstrip('> ').partition(':')
       name = name.strip().lower()
-      if colon and name in STATEACT_FIELDS and name not in fields:
+      if colon and name in self.fields and name not in fields:
         fields[name] = value.strip()
     action = fields.pop('action', '')
     if not action:
@@ -157,15 +164,20 @@ class StateAct:
     return ParsedReply('action', action=action, thought=fields.get('thought', ''), fields=fields)
 
   def render(self, decision: Decision, goal: str, history: Sequence[Turn]) -> list[str]:
+    values = self._values(decision, goal, history)
+    return ['\n'.join(f'{name}: {values[name]}' for name in self.fields)]
+
+  def _values(
+    self, decision: Decision, goal: str, history: Sequence[Turn]
+  ) -> dict[str, str]:
     visited, inventory = _state(history)
-    values = (
-      goal,
-      ', '.join(dict.fromkeys(visited)) or 'none',
-      visited[-1] if visited else 'middle of the room',
-      ', '.join(inventory) or 'nothing',
-      decision.thought or '-',
-      decision.action)
-    return ['\n'.join(f'{name}: {value}' for name, value in zip(STATEACT_FIELDS, values))]
+    return {
+      'goal': goal,
+      'locations visited': ', '.join(dict.fromkeys(visited)) or 'none',
+      'current location': visited[-1] if visited else 'middle of the room',
+      'current inventory': ', '.join(inventory) or 'nothing',
+      'thought': decision.thought or '-',
+      'action': decision.action}
 
 
 def _state(history: Sequence[Turn]) -> tuple[list[str], list[str]]:
@@ -189,7 +201,69 @@ def _state(history: Sequence[Turn]) -> tuple[list[str], list[str]]:
   return visited, inventory
 
 
-FORMATS: dict[str, type] = {cls.name: cls for cls in (Plain, ReAct, StateAct)}
+class ShopReAct(ReAct):
+  """ReAct on WebShop, where paper A leaves the thoughts out; one that a model has is still read."""
+
+  name = 'react_webshop'
+  instructions = Plain.instructions
+
+  def render(self, decision: Decision, goal: str, history: Sequence[Turn]) -> list[str]:
+    return [decision.action]
+
+
+class ShopStateAct(StateAct):
+  """StateAct on WebShop: where the shopper is and what is chosen, without a thought (paper A)."""
+
+  name = 'stateact_webshop'
+  typical_tokens = 56
+  fields = ('goal', 'current location', 'current selection', 'action')
+
+  def _values(
+    self, decision: Decision, goal: str, history: Sequence[Turn]
+  ) -> dict[str, str]:
+    location, selection = _shop_state(history)
+    return {
+      'goal': goal, 'current location': location,
+      'current selection': ', '.join(selection) or 'none', 'action': decision.action}
+
+
+_SHOP_PAGES = ('description', 'features', 'reviews', 'attributes')
+
+
+def _shop_state(history: Sequence[Turn]) -> tuple[str, list[str]]:
+  """The page that is open and the options that are chosen on it, read off the public history."""
+  location, product, selection = 'search page', '', []
+  for turn in history:
+    match = re.fullmatch(r'\s*(search|click)\s*\[(.+)\]\s*', turn.action, re.IGNORECASE)
+    if not match or not turn.changed:
+      continue
+    name, argument = match[1].lower(), match[2].strip().lower()
+    if name == 'search':
+      location, product, selection = 'results page', '', []
+    elif argument == 'back to search':
+      location, product, selection = 'search page', '', []
+    elif argument in ('next >', '< prev') and location == 'results page':
+      continue
+    elif argument == '< prev' and location.startswith('product'):
+      location, product, selection = 'results page', '', []
+    elif argument == '< prev':
+      location = f'product {product}'
+    elif location == 'results page':
+      location, product = f'product {argument}', argument
+    elif argument in _SHOP_PAGES:
+      location = f'{argument} of {product}'
+    else:
+      selection.append(argument)
+  return location, selection
+
+
+FORMATS: dict[str, type] = {
+  cls.name: cls for cls in (Plain, ReAct, StateAct, ShopReAct, ShopStateAct)}
+
+
+def name_for(agent: str, env: str) -> str:
+  """The name of an agent's format in an environment: its own form of it where there is one."""
+  return own if (own := f'{agent}_{env}') in FORMATS else agent
 
 
 def get_format(name: str) -> Format:

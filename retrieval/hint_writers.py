@@ -27,18 +27,34 @@ import tqdm
 
 from data import errors
 from data.schema import Episode
-from retrieval import hint_rules
+from retrieval import hint_rules, hint_rules_webshop
 
 MAX_HINTS = 4
 MAX_CHARACTERS = 120
 Messages = list[dict[str, str]]
 
-_SYSTEM = (
-  'You read the record of a household agent that failed its task, and write rules that would have '
-  'helped it and will help with similar tasks in other houses. Write 1 to 4 rules. Each is one '
-  'imperative sentence of at most 120 characters. Name appliances and states exactly as the record '
-  'does, without numbers; write {object} for the thing the task is about, {container} for where it '
-  'has to go and {location} for any other place. State only what the record shows.')
+_REQUEST = (
+  'You read the record of {agent} that failed its task, and write rules that would have helped it '
+  'and will help with similar tasks{elsewhere}. Write 1 to 4 rules. Each is one imperative '
+  'sentence of at most 120 characters. {wording} State only what the record shows.')
+_SYSTEMS = {
+  'household': _REQUEST.format(
+    agent='a household agent', elsewhere=' in other houses', wording=(
+      'Name appliances and states exactly as the record does, without numbers; write {object} for '
+      'the thing the task is about, {container} for where it has to go and {location} for any '
+      'other place.')),
+  'webshop': _REQUEST.format(
+    agent='a shopping agent', elsewhere=' for other products', wording=(
+      'Name buttons exactly as the record does; write {item} for the product that is wanted and '
+      '{size}, {color}, {material} and {attribute} for what is asked of it.')),
+}
+# One's own environment: what differs between tasks is not known.
+_SYSTEM = _REQUEST.format(
+  agent='an agent', elsewhere='', wording=(
+    'Name things exactly as the record does, without numbers; write {object} for what the task is '
+    'about.'))
+# Of the writer `rules`; in one's own environment it reads a trace as one of the household.
+_RULES = {'household': hint_rules.write_all, 'webshop': hint_rules_webshop.write_all}
 _AS_LINES = ' Answer with the rules alone, one per line, each line starting with "- ".'
 _AS_JSON = ' Answer with JSON alone: {"hints": ["...", "..."]}.'
 
@@ -63,7 +79,8 @@ def hint_messages(episode: Episode, *, as_json: bool) -> Messages:
     f'Record:\n{trace_text(episode)}\nThe task was not solved ({episode.termination}).\n'
     'Rules:')
   return [
-    {'role': 'system', 'content': _SYSTEM + (_AS_JSON if as_json else _AS_LINES)},
+    {'role': 'system',
+     'content': _SYSTEMS.get(episode.env, _SYSTEM) + (_AS_JSON if as_json else _AS_LINES)},
     {'role': 'user', 'content': user},
   ]
 
@@ -130,7 +147,9 @@ class RulesWriter:
     return {'name': self.name}
 
   def write(self, failures: Sequence[Episode]) -> list[list[str]]:
-    return hint_rules.write_all(failures, self.counts, max_hints=MAX_HINTS)
+    # A bank is mined from one environment; its failures are read together.
+    rules = _RULES.get(failures[0].env if failures else '', hint_rules.write_all)
+    return rules(failures, self.counts, max_hints=MAX_HINTS)
 
 
 class AnswerStore:

@@ -8,8 +8,7 @@ import time
 import jax
 import numpy as np
 
-import train
-from models import decoder, registry, weights
+from models import decoder, registry, sharding, weights
 from models.lora import LoraConfig
 from training import optimizer as optimizer_lib
 from training import packing, speed
@@ -38,10 +37,9 @@ def run(job: dict) -> dict:
     *(data[f'packed.{key}'] for key in ('tokens', 'segment_ids', 'positions', 'loss_mask')),
     num_examples=0, too_long=())
   num_steps = job['warm_steps'] + job['steps']
-  mesh = train.choose_mesh('auto', job['batch_rows'])
+  mesh = sharding.make_mesh()  # One device, as the peer has.
   batches = packing.Batches(
-    rows, batch_rows=job['batch_rows'], epochs=1 + num_steps * job['batch_rows'] / rows.num_rows,
-    num_shards=mesh.shape['data'] * mesh.shape['fsdp'])
+    rows, batch_rows=job['batch_rows'], epochs=1 + num_steps * job['batch_rows'] / rows.num_rows)
   model = _model(job, mesh)
   schedule = optimizer_lib.make_schedule('constant', job['learning_rate'], num_steps, 0.0)
   optimizer = optimizer_lib.make_optimizer(schedule, weight_decay=0.0, clip_norm=1.0)

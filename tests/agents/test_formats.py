@@ -23,7 +23,7 @@ def test_what_is_rendered_is_parsed_back(name, history, thought):
   parsed = [reply_format.parse(reply) for reply in replies]
   assert [p.kind for p in parsed[:-1]] == ['thought'] * (len(replies) - 1)
   assert (parsed[-1].kind, parsed[-1].action) == ('action', 'open drawer 1')
-  if name != 'plain' and thought:
+  if name in ('react', 'stateact') and thought:
     assert thought in [p.thought for p in parsed]
 
 
@@ -66,3 +66,36 @@ def test_stateact_without_an_action_is_invalid(reply):
 def test_unknown_format_names_those_there_are():
   with pytest.raises(errors.UserError, match=r'reackt.*react'):
     formats.get_format('reackt')
+
+
+SHOPPING = [
+  formats.Turn('search[red mug]', 'Page 1'),
+  formats.Turn('click[b01]', 'Mug'),
+  formats.Turn('click[red]', 'You have it.'),
+  formats.Turn('click[purple]', 'Invalid action.', changed=False),
+  formats.Turn('click[features]', 'Of clay.'),
+]
+
+
+def test_stateact_in_the_shop_says_where_it_is_and_what_is_chosen():
+  render = lambda history: formats.ShopStateAct().render(
+    Decision('click[buy now]', 'why'), 'buy a mug', history)[0].splitlines()
+  assert render(SHOPPING) == [
+    'goal: buy a mug', 'current location: features of b01', 'current selection: red',
+    'action: click[buy now]']
+  assert render([*SHOPPING, formats.Turn('click[< prev]', 'Mug')])[1:3] == [
+    'current location: product b01', 'current selection: red']
+  assert render([*SHOPPING[:3], formats.Turn('click[< Prev]', 'Page 1')])[1:3] == [
+    'current location: results page', 'current selection: none']
+  assert render([*SHOPPING, formats.Turn('click[back to search]', '')])[1] == (
+    'current location: search page')
+  assert render([*SHOPPING[:1], formats.Turn('click[next >]', '')])[1] == (
+    'current location: results page')
+
+
+def test_an_environment_s_own_form_of_a_format_is_taken():
+  assert formats.name_for('stateact', 'webshop') == 'stateact_webshop'
+  assert formats.name_for('react', 'webshop') == 'react_webshop'
+  assert formats.name_for('plain', 'webshop') == 'plain'
+  assert formats.name_for('stateact', 'household') == 'stateact'
+  assert 'four lines: "goal:", "current location:"' in formats.ShopStateAct().instructions

@@ -4,10 +4,11 @@ from data.schema import Episode, Step
 
 
 def episode(steps, *, id='e0', task_id='t0', task_type='make_state',
-            instruction='make a dotted mug.', success=False, termination='step_limit'):
+            instruction='make a dotted mug.', success=False, termination='step_limit',
+            env='household'):
   """An episode of (action, observation) pairs; the tokens do not matter here."""
   return Episode(
-    id=id, task_id=task_id, env='household', task_type=task_type, split='train',
+    id=id, task_id=task_id, env=env, task_type=task_type, split='train',
     instruction=instruction, seed=0, policy='base', agent='plain', memory='none', model='tiny',
     tokenizer='', tokens=[], kinds=[], logprobs=[],
     steps=[Step(reply=action, action=action, observation=answer,
