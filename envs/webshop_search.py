@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ import Stemmer
 
 from envs.webshop_catalogue import Product
 
+# It tells of every index that it builds.
+logging.getLogger('bm25s').setLevel(logging.WARNING)
 RESULTS = 50
 K1, B = 0.9, 0.4
 _STOP_WORDS = '''
