@@ -77,7 +77,8 @@ def choose_mesh(config, architecture, lora=None):
   from training import processes
 
   if config.mesh == 'auto':
-    sizes, why = memory.choose_sizes(
+    choose = functools.partial(
+      memory.choose_sizes,
       decoder.abstract(architecture, lora),
       num_devices=jax.device_count(),
       slices=sharding.count_slices(jax.devices()),
@@ -85,6 +86,7 @@ def choose_mesh(config, architecture, lora=None):
       batch_rows=config.batch_rows,
       row_len=config.row_len,
     )
+    sizes, why = processes.by_first(choose)
     processes.say(why)
     sizes = {'slices': sizes.pop('slice'), **sizes}
   else:
@@ -111,11 +113,9 @@ def make_model(config, base, mesh):
   Raises:
     UserError: `init_adapter` is missing, broken, or of another shape than the config asks for.
   """
-  from models import decoder, weights
+  from models import weights
 
-  lora = lora_config(config)
-  params = base.host_params()
-  adapter = {}
+  lora, adapter = lora_config(config), None
   if config.init_adapter:
     found, adapter = weights.load_peft(config.init_adapter, base.config)
     for name in ('rank', 'alpha', 'targets'):
@@ -124,7 +124,7 @@ def make_model(config, base, mesh):
           f'{config.init_adapter} has {name} {getattr(found, name)}, not {getattr(lora, name)}; '
           f'set {name} to its value to continue it.'
         )
-  return decoder.from_params(base.config, {**params, **adapter}, lora, seed=config.seed, mesh=mesh)
+  return base.with_adapter(lora, adapter, seed=config.seed, mesh=mesh)
 
 
 def check(config) -> None:
@@ -218,7 +218,7 @@ def fit(
   remat = config.remat
   if remat == 'auto':
     shapes = step_lib.batch_shapes(batches[0], mesh)
-    limit = memory.device_bytes(len(mesh.local_devices))
+    limit = processes.by_first(lambda: memory.device_bytes(len(mesh.local_devices)))
     steps = {name: make_step(remat=name) for name in decoder.REMAT}
     with jax.set_mesh(mesh):
       remat = remat_lib.choose(steps.get, state, model.frozen, shapes, limit=limit)

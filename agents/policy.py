@@ -1,37 +1,41 @@
 """From names and paths to a model with its tokenizer.
 
-The base weights are read once (`load_base`); adapters are put on them one after the other
+`load_base` finds and checks the base weights; adapters are put on them one after the other
 (`Base.model`), as an experiment that compares policies needs it.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from data import errors
 from data.tokenizer import Tokenizer
-from models import decoder, pretrained, registry, weights
+from models import decoder, pretrained, registry, stored, weights
+from models.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """Base weights on the host.
+  """Base weights, which are put on a mesh when they are first asked for and stay there.
 
   Attributes:
     name: of the model, for the record.
     config: its architecture.
     tokenizer: its tokenizer.
-    params: flat name -> array; None for random weights, which `host_params` and `model` draw.
+    params: flat name -> parameter; None for random weights.
     seed: of random weights.
   """
 
   name: str
   config: decoder.DecoderConfig
   tokenizer: Tokenizer
-  params: Mapping[str, np.ndarray] | None
+  params: Mapping[str, stored.Parameter] | None
   seed: int = 0
+  _placed: dict[Any, decoder.Model] = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False)
 
   def model(self, adapter: str = '', *, mesh=None) -> decoder.Model:
     """The base, or the base with a PEFT adapter.
@@ -43,25 +47,35 @@ class Base:
     Raises:
       errors.UserError: no adapter there, or one for another model.
     """
-    lora, extra = None, {}
-    if adapter:
-      check_adapter(adapter)
-      lora, extra = weights.load_peft(adapter, self.config)
-    if self.params is None and not adapter:
-      return decoder.create(self.config, seed=self.seed, mesh=mesh)
-    params = self.host_params(mesh=mesh)
-    return decoder.from_params(self.config, {**params, **extra}, lora, mesh=mesh)
+    if not adapter:
+      return self._plain(mesh)
+    check_adapter(adapter)
+    return self.with_adapter(*weights.load_peft(adapter, self.config), mesh=mesh)
 
-  def host_params(self, *, mesh=None) -> Mapping[str, np.ndarray]:
-    """The weights as flat name -> array; random ones are drawn, on `mesh`, and copied to the host.
+  def with_adapter(
+    self, lora: LoraConfig, params: Mapping[str, np.ndarray] | None = None, *, seed: int = 0,
+    mesh=None,
+  ) -> decoder.Model:
+    """The base with an adapter of this shape.
 
     Args:
-      mesh: where random weights are drawn; None is the default device.
+      lora: the shape.
+      params: the adapter as `weights.load_peft` gives it; None is a new one.
+      seed: of a new one.
+      mesh: where to put the weights; None is the default device.
     """
-    if self.params is not None:
-      return self.params
-    random = decoder.create(self.config, seed=self.seed, mesh=mesh)
-    return {k: np.asarray(v) for k, v in decoder.to_params(random.frozen).items()}
+    held = decoder.to_params(self._plain(mesh).frozen)
+    return decoder.from_params(self.config, {**held, **(params or {})}, lora, seed=seed, mesh=mesh)
+
+  def _plain(self, mesh) -> decoder.Model:
+    if mesh not in self._placed:
+      # One copy is enough: the devices' memory is what is short.
+      self._placed.clear()
+      if self.params is None:
+        self._placed[mesh] = decoder.create(self.config, seed=self.seed, mesh=mesh)
+      else:
+        self._placed[mesh] = decoder.from_params(self.config, self.params, mesh=mesh)
+    return self._placed[mesh]
 
 
 def check_adapter(folder: str) -> None:

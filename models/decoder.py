@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +219,7 @@ def create(
 
 def from_params(
   config: DecoderConfig,
-  params: Mapping[str, np.ndarray],
+  params: Mapping[str, Any],
   lora: LoraConfig | None = None,
   *,
   seed: int = 0,
@@ -228,7 +229,8 @@ def from_params(
 
   Args:
     config: the architecture.
-    params: flat name -> array, all frozen parameters and, optionally, all of the adapter's.
+    params: flat name -> whatever `sharding.put` takes, all frozen parameters and, optionally, all
+      of the adapter's. Device arrays of frozen ones are used as they are.
     lora: the adapter's shape; drawn with `seed` where `params` has none (B = 0: no effect yet).
     seed: of the adapter's init.
     mesh: where to put the arrays; None is the default device.
@@ -247,21 +249,24 @@ def from_params(
       first = ', '.join(sorted(names)[:3])
       raise UserError(f'{len(names)} parameters are {word} the weights of {config.name}: {first}.')
 
-  def fill(state):
+  def fill(state, trained=False):
     def one(name, variable):
       want, value = variable.get_value(), params[name]
+      if trained:
+        # A train step takes its arrays; the caller's are not to be taken.
+        value = np.array(value)
       if tuple(value.shape) != want.shape:
         raise UserError(f'{name} has shape {value.shape}; {config.name} needs {want.shape}.')
       place = None
       if mesh is not None:
         axes = variable.get_metadata()['out_sharding']
         place = jax.sharding.NamedSharding(mesh, sharding.spec(axes, want.shape, mesh))
-      return variable.replace(sharding.put(np.asarray(value).astype(want.dtype), place))
+      return variable.replace(sharding.put(value, place, want.dtype))
 
     return _map_flat(one, state)
 
   if lora is None or given_lora:
-    lora_state = fill(model.lora)
+    lora_state = fill(model.lora, trained=True)
   else:
     shardings = None if mesh is None else sharding.state_shardings(model.lora, mesh)
     init = jax.jit(lambda key: _split(config, lora, key)[1], out_shardings=shardings)

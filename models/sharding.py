@@ -1,14 +1,17 @@
 """From logical axis names to shardings on a mesh of (slice, data, fsdp, tensor)."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.errors import UserError
+from models import stored
 
 AXES = ('slice', 'data', 'fsdp', 'tensor')
 
@@ -138,9 +141,48 @@ def batch_sharding(mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
-def put(value, sharding: NamedSharding | None) -> jax.Array:
-  """Moves a host array into its shards; every process gives the whole array."""
+def put(value, sharding: NamedSharding | None, dtype) -> jax.Array:
+  """Moves an array into its shards, in which it is converted; every process calls it.
+
+  Args:
+    value: a host array, of which every process gives the whole; a device array; or a
+      `stored.Parameter`, of which a process reads what its own devices hold, one layer at a time.
+    sharding: None is the default device.
+    dtype: of the result.
+  """
+  if isinstance(value, jax.Array):
+    value = value.astype(dtype)
+    return value if sharding is None else jax.device_put(value, sharding)
+  if not isinstance(value, stored.Parameter):
+    value = np.asarray(value).astype(dtype, copy=False)
+  if not isinstance(value, stored.Parameter) or not value.stacked:
+    return _put_parts(value, sharding, dtype)
+  # The host never holds more than a layer: each is written into the stack on the devices.
+  each = sharding
+  if sharding is not None:
+    each = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+  stack = jax.jit(lambda: jnp.zeros(value.shape, dtype), out_shardings=sharding)()
+  for number in range(value.shape[0]):
+    stack = _set_layer(stack, _put_parts(value.layer(number), each, dtype), number)
+    stack.block_until_ready()
+  return stack
+
+
+def _put_parts(value, sharding, dtype) -> jax.Array:
+  """Makes each part once, also where several devices hold it."""
   if sharding is None:
-    return jax.numpy.asarray(value)
-  value = np.asarray(value)
-  return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    return jnp.asarray(np.asarray(value, dtype))
+  parts = {}
+
+  def part(index):
+    key = tuple((i.start, i.stop) for i in index)
+    if key not in parts:
+      parts[key] = np.asarray(value[index], dtype)
+    return parts[key]
+
+  return jax.make_array_from_callback(value.shape, sharding, part)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)

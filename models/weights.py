@@ -1,11 +1,12 @@
 """Weights in (Hugging Face folders, GGUF files) and out (folders), PEFT adapters in and out.
 
 A checkpoint's tensors [out, in] become the decoder's kernels [in, out], stacked over the layers in
-front for the scan. Tensors are read one at a time into preallocated arrays, so loading needs the
-model's own size and one tensor more.
+front for the scan. What is loaded are `stored.Parameter`s, which read a part when it is asked for:
+`decoder.from_params` streams them into their shards.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ import safetensors.numpy
 from data import model_folder
 from data.errors import UserError
 from data.gguf import GGUFFile
-from models import decoder, hf_config
+from models import decoder, hf_config, stored
 from models.families import DecoderConfig
 from models.lora import LoraConfig
 from models.rope import RopeScaling
@@ -84,8 +85,8 @@ def _names(config: DecoderConfig, flat: str, source: int, layer_prefix: str) -> 
 
 def load_pretrained(
   path: str | pathlib.Path, dtype: str = 'float32'
-) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
-  """Reads a decoder's architecture and weights.
+) -> tuple[DecoderConfig, dict[str, stored.Parameter]]:
+  """Reads a decoder's architecture and checks its weights, whose numbers stay in the file.
 
   Args:
     path: a Hugging Face folder (config.json and one or several safetensors) or a .gguf file.
@@ -93,7 +94,7 @@ def load_pretrained(
       float32. Compute dtype is the caller's choice and stays 'float32' in the config.
 
   Returns:
-    The config, and flat name -> array in the decoder's layout.
+    The config, and flat name -> parameter in the decoder's layout (`np.asarray` reads all of it).
 
   Raises:
     UserError: a file or tensor is missing, truncated or of the wrong shape, or the architecture is
@@ -112,21 +113,21 @@ def _assemble(
   source: int,
   layer_prefix: str,
   available: set[str],
-  read: Callable[[str], np.ndarray],
+  find: Callable[[str], stored.Tensor],
   where: pathlib.Path,
-) -> dict[str, np.ndarray]:
-  """Fills the decoder's flat arrays from a checkpoint's tensors.
+) -> dict[str, stored.Parameter]:
+  """Makes the decoder's flat parameters of a checkpoint's tensors.
 
   Args:
     config: the architecture; its abstract model gives every name, shape and dtype.
     source: column of the name tables, 0 Hugging Face, 1 GGUF.
     layer_prefix: of a layer's tensors, with '{}' for the layer.
     available: names of all tensors in the checkpoint.
-    read: name -> array [out, in].
+    find: name -> tensor [out, in].
     where: the checkpoint, for messages.
 
   Returns:
-    Flat name -> array.
+    Flat name -> parameter.
 
   Raises:
     UserError: a tensor is missing, unknown, or of the wrong shape.
@@ -147,28 +148,24 @@ def _assemble(
     )
   params = {}
   for flat, group in names.items():
-    want, stacked = wanted[flat], flat.startswith('blocks.')
-    array = np.empty(want.shape, want.dtype)
-    for layer, name in enumerate(group):
-      slot = array[layer] if stacked else array
-      tensor = read(name)
+    want, transposed = wanted[flat], flat.endswith('.kernel')
+    each = want.shape[1:] if flat.startswith('blocks.') else want.shape
+    tensors = [find(name) for name in group]
+    for name, tensor in zip(group, tensors, strict=True):
       if tensor.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-        raise UserError(f'{where}: {name} is {tensor.dtype}; only float weights can be read.')
-      tensor = tensor.T if flat.endswith('.kernel') else tensor
-      if tensor.shape != slot.shape:
-        shape = tensor.T.shape if flat.endswith('.kernel') else tensor.shape
+        raise UserError(f'{where}: {name} holds no floats; only float weights can be read.')
+      if tensor.shape != (each[::-1] if transposed else each):
         raise UserError(
-          f'{where}: {name} has shape {shape}, which does not fit the architecture it states '
-          f'({config.family}, {slot.shape} as {flat}); download it again.'
+          f'{where}: {name} has shape {tensor.shape}, which does not fit the architecture it '
+          f'states ({config.family}, {each} as {flat}); download it again.'
         )
-      slot[...] = tensor
-    params[flat] = array
+    params[flat] = stored.Parameter(tuple(tensors), want.shape, want.dtype, transposed)
   return params
 
 
 def _load_folder(
   folder: pathlib.Path, dtype: str
-) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
+) -> tuple[DecoderConfig, dict[str, stored.Parameter]]:
   config = hf_config.read(model_folder.read_json(folder / 'config.json'), folder, dtype)
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
@@ -177,31 +174,30 @@ def _load_folder(
     files = dict.fromkeys(_open(folder / 'model.safetensors').keys(), 'model.safetensors')
   handles = {file: _open(folder / file) for file in sorted(set(files.values()))}
   # Of a multimodal model only the text model is wanted, under the names of a text model.
-  stored = {name: name for name in files}
+  names = {name: name for name in files}
   if any('language_model.' in name for name in files):
-    stored = {
+    names = {
       name.replace('model.language_model.', 'model.').removeprefix('language_model.'): name
       for name in files
       if 'language_model.' in name or name == 'lm_head.weight'}
-    config = dataclasses.replace(config, tie_embeddings='lm_head.weight' not in stored)
+    config = dataclasses.replace(config, tie_embeddings='lm_head.weight' not in names)
   elif 'embed_tokens.weight' in files:  # a model without a head, for embeddings
-    stored = {f'model.{name}': name for name in files}
+    names = {f'model.{name}': name for name in files}
     config = dataclasses.replace(config, tie_embeddings=True)
   available = {
     name
-    for name in stored
+    for name in names
     if not name.endswith('rotary_emb.inv_freq')  # a buffer of old checkpoints
     and not (config.tie_embeddings and name == 'lm_head.weight')
   }
 
-  def read(name):
-    file, name = files[stored[name]], stored[name]
-    try:
-      return handles[file].get_tensor(name)
-    except safetensors.SafetensorError as error:
-      raise UserError(f'{folder / file}: {name} cannot be read ({error}).') from error
+  def find(name):
+    file, name = files[names[name]], names[name]
+    if name not in handles[file].keys():  # noqa: SIM118 (a handle is not a mapping)
+      raise UserError(f'{folder / file}: {name} cannot be read (it is not in the file).')
+    return stored.SafeTensor.describe(handles[file], folder / file, name)
 
-  params = _assemble(config, 0, 'model.layers.{}.', available, read, folder)
+  params = _assemble(config, 0, 'model.layers.{}.', available, find, folder)
   return config, params
 
 
@@ -216,7 +212,9 @@ def _open(path: pathlib.Path):
     ) from error
 
 
-def _load_gguf(path: pathlib.Path, dtype: str) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
+def _load_gguf(
+  path: pathlib.Path, dtype: str
+) -> tuple[DecoderConfig, dict[str, stored.Parameter]]:
   file = GGUFFile(path)
   family = file.metadata.get('general.architecture')
   if family not in _GGUF_FAMILIES:
@@ -260,14 +258,17 @@ def _load_gguf(path: pathlib.Path, dtype: str) -> tuple[DecoderConfig, dict[str,
     **hf_config.QUIRKS[family],
   )
 
-  def read(name):
+  def load(name):
     tensor = file.array(name)
     if family == 'llama' and re.fullmatch(r'blk\.\d+\.attn_[qk]\.weight', name):
       tensor = _unpermute(tensor, config.head_dim)
     return tensor
 
+  def find(name):
+    return stored.WholeTensor(tuple(file.tensors[name].shape), functools.partial(load, name))
+
   available = set(file.tensors) - {'rope_freqs.weight'}
-  return config, _assemble(config, 1, 'blk.{}.', available, read, path)
+  return config, _assemble(config, 1, 'blk.{}.', available, find, path)
 
 
 def _unpermute(kernel: np.ndarray, head_dim: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """How much the backward pass recomputes: the least that fits the device, found by compiling."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 from data.errors import UserError
 from models import memory
 from models.decoder import REMAT
+from training import processes
 
 _WHAT = {
   'none': 'nothing is recomputed',
@@ -52,8 +52,9 @@ def choose(make_step: Callable[[str], Any], *args, limit: int) -> str:
       continue
     tried.append(f'{remat} takes {need / 2**30:.2f}')
     if need <= memory.USABLE * limit:
-      print(f'remat={remat}: {_WHAT[remat]} in the backward pass; of {limit / 2**30:.2f} GiB a '
-            f'device, {", ".join(tried)} GiB.', file=sys.stderr)
+      processes.say(
+        f'remat={remat}: {_WHAT[remat]} in the backward pass; of {limit / 2**30:.2f} GiB a '
+        f'device, {", ".join(tried)} GiB.')
       return remat
   raise UserError(
     f'The step does not fit the {limit / 2**30:.2f} GiB of a device ({", ".join(tried)} GiB); use '

@@ -200,7 +200,7 @@ def test_bfloat16_is_kept_bitwise(tmp_path):
   model.save_pretrained(tmp_path)
   config, params = weights.load_pretrained(tmp_path, dtype='bfloat16')
   assert config.param_dtype == 'bfloat16'
-  kernel = params['blocks.mlp.up.kernel']
+  kernel = np.asarray(params['blocks.mlp.up.kernel'])
   assert kernel.dtype == ml_dtypes.bfloat16
   want = torch.stack([layer.mlp.up_proj.weight.T for layer in model.model.layers])
   assert (kernel.astype(np.float32) == want.detach().float().numpy()).all()
