@@ -1,4 +1,5 @@
 # make demo   the whole loop on this machine, with a table at the end
+# make demo-experience   likewise, experience retrieval
 # make test   every test but the slow ones (makes the environment if it is not there)
 # make test-all   the slow ones too: hundreds of games against TextWorld, kills at random moments
 # make setup  .venv with all that tests and benchmarks need
@@ -8,10 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
-.PHONY: demo test test-all setup lint clean
+.PHONY: demo demo-experience test test-all setup lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m experiments.hint_distillation --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
+
+demo-experience: $(VENV)/.runtime
+	$(BIN)/python -m experiments.experience_retrieval --config=configs/experience_retrieval.py:model=smollm2_135m --workdir=runs/demo-experience
 
 test: setup
 	$(BIN)/python -m pytest -q tests -m 'not slow' $(PYTEST_ARGS)

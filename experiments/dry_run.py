@@ -27,6 +27,19 @@ def shrink(config):
   return config
 
 
+def shrink_experience(config):
+  """The config of a dry run of experience retrieval: likewise."""
+  if config.data != 'generated' and not pathlib.Path(config.data).is_dir():
+    print(f'{config.data} is not there: the dry run plays generated official games.', flush=True)
+    config.data = 'generated'
+    config.env_options = 'num_receptacles:6-8'
+  small = dict(
+    _SMALL, index_games=8, teacher_games=4, validation_games=2, validation_skip=0, epochs=1.0,
+    candidates=min(2, config.candidates), grow=2)
+  config.update({key: value for key, value in small.items() if key in config})
+  return config
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
   """Answers every chat request with one hint."""
 

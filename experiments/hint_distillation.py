@@ -21,23 +21,19 @@ import contextlib
 import json
 import os
 import pathlib
-import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 import rollout
-import train
 from agents import expert_episodes
-from agents import policy as policy_lib
 from configs import cli
 from configs import rollout as rollout_config
-from configs import train as train_config
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
-from experiments import budget, dry_run, evaluation_rows, report, warm_start
+from experiments import budget, dry_run, evaluation_rows, report, stages, warm_start
 from retrieval import hints as hints_lib
 from training import dataset
 
@@ -47,7 +43,7 @@ _FREE_KEYS = ('evaluate',)
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
 
 
-class Loop:
+class Loop(stages.Stages):
   """One run of the method: its config, its folder, and the base weights, loaded once."""
 
   def __init__(self, config, workdir: pathlib.Path, dry_hint_url: str = ''):
@@ -58,60 +54,19 @@ class Loop:
       workdir: the run's folder.
       dry_hint_url: the hint server of a dry run; '' for a real run.
     """
-    self.config = config
-    self.workdir = workdir
+    super().__init__(config, workdir)
     self.dry_hint_url = dry_hint_url
-    self.wall_s: dict[str, float] = {}
-    self.records: dict[str, dict[str, Any]] = {}
-    self._base = None
-
-  @property
-  def base(self) -> policy_lib.Base:
-    if self._base is None:
-      c = self.config
-      self._base = policy_lib.load_base(
-        c.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=c.dtype, seed=c.seed)
-    return self._base
-
-  def stage(self, name: str, body: Callable[[pathlib.Path], dict[str, Any] | None]) -> dict:
-    """Runs `body(folder)` unless the folder says that it is finished; returns what it recorded."""
-    folder = self.workdir / name
-    done = folder / 'done.json'
-    if done.exists():
-      record = json.loads(done.read_text())
-      print(f'[{name}] finished before ({record["wall_s"]:.0f} s)', flush=True)
-    else:
-      print(f'[{name}]', flush=True)
-      earlier = _earlier_seconds(folder)
-      started = time.perf_counter()
-      record = body(folder) or {}
-      record['wall_s'] = earlier + time.perf_counter() - started
-      workdir_lib.write_json(done, record)
-    self.wall_s[name] = record['wall_s']
-    self.records[name] = record
-    return record
 
   # What the stages share.
 
   def rollout(self, folder: pathlib.Path, *, policy: str, adapter: str, split: str, games: int,
               skip: int = 0, bank: str = '', **changes) -> list[trajectory.Episode]:
-    """Plays episodes through rollout.py's own code; the same as its command with this config."""
+    """Plays episodes of the loop's skills, with hints where a bank is given."""
     c = self.config
-    values = {key: c[key] for key in rollout_config.DEFAULTS if key in c}
-    values.update(
-      policy=policy, adapter=adapter, split=split, episodes=games, skip=skip,
-      memory='hints' if bank else 'none', bank=bank, skills=c.loop_skills, env_seed=c.seed)
-    values.update(changes)
-    rollout.run(rollout_config.make(values), folder, base=self.base)
-    return trajectory.load_episodes(folder)
-
-  def train(self, folder: pathlib.Path, data: str, init_adapter: str, **changes) -> dict:
-    """Fine-tunes through train.py's own code."""
-    c = self.config
-    values = {key: c[key] for key in train_config.DEFAULTS if key in c}
-    values.update(data=data, init_adapter=init_adapter)
-    values.update(changes)
-    return train.run(train_config.make(values), folder, base=self.base)
+    return self.play(folder, **{
+      **dict(policy=policy, adapter=adapter, split=split, episodes=games, skip=skip,
+             memory='hints' if bank else 'none', bank=bank, skills=c.loop_skills, env_seed=c.seed),
+      **changes})
 
   def bank(self, writer: str = '') -> str:
     """The bank's file; `writer` names the stage of another writer than the config's."""
@@ -121,7 +76,7 @@ class Loop:
   def start_adapter(self) -> str:
     """What all policies continue: the warm start, the round before, or nothing."""
     if self.config.next_after:
-      return _record(self.config.next_after, 'distilled')['adapter']
+      return stages.record_of(self.config.next_after, 'distilled')['adapter']
     return str(self.workdir / 'warm_start' / 'adapter') if self.config.warm_episodes else ''
 
   @property
@@ -131,8 +86,9 @@ class Loop:
     if not c.next_after:
       return c.warm_episodes if c.warm_skills == c.loop_skills else 0
     folder = pathlib.Path(c.next_after)
-    stages = [path.parent.name for path in folder.glob('base*/done.json')]
-    return _record(folder, 'base')['skip'] + sum(_record(folder, s)['episodes'] for s in stages)
+    names = [path.parent.name for path in folder.glob('base*/done.json')]
+    return stages.record_of(folder, 'base')['skip'] + sum(
+      stages.record_of(folder, name)['episodes'] for name in names)
 
   # The stages.
 
@@ -150,14 +106,14 @@ class Loop:
     trained = self.train(
       folder, str(folder), '', drop_memory=False, epochs=c.warm_epochs,
       learning_rate=c.warm_learning_rate, max_examples=0)
-    return {**_counts(episodes), 'training': trained}
+    return {**stages.counts(episodes), 'training': trained}
 
   def collect(self, folder: pathlib.Path, policy: str) -> dict:
     episodes = self.rollout(
       folder, policy=policy, adapter=self.start_adapter, split=self.config.train_split,
       games=self.config.train_games, skip=self.train_skip,
       bank=self.bank() if policy == 'teacher' else '')
-    return {**_counts(episodes), 'skip': self.train_skip}
+    return {**stages.counts(episodes), 'skip': self.train_skip}
 
   def hints(self, folder: pathlib.Path, writer: str = '') -> dict:
     """Writes a bank through retrieval.hints' own code; no failure gives an empty bank.
@@ -211,7 +167,7 @@ class Loop:
       rate = have / (played - self.train_skip)
       games = max(8, round(1.1 * (wanted - have) / rate)) if have else c.train_games
       name = f'base_more_{len(sources)}'
-      self.stage(name, lambda folder, g=games, p=played: _counts(self.rollout(
+      self.stage(name, lambda folder, g=games, p=played: stages.counts(self.rollout(
         folder, policy='base', adapter=self.start_adapter, split=c.train_split, games=g, skip=p)))
       sources.append(name)
       played += games
@@ -242,23 +198,12 @@ class Loop:
     c = self.config
     adapter = self.start_adapter
     if row.policy != 'base':
-      adapter = _record(self.workdir, row.policy)['adapter']
+      adapter = stages.record_of(self.workdir, row.policy)['adapter']
     episodes = self.rollout(
       folder, policy=row.policy, adapter=adapter, split=c.eval_split, games=c.eval_games,
       bank=self.bank(row.writer) if row.memory == 'hints' else '',
       retrieval=row.retrieval or c.retrieval, k=row.k or c.k)
-    return _counts(episodes)
-
-  def predict(self, rows: Sequence[evaluation_rows.Row]) -> list[dict[str, Any]]:
-    """What the run costs, as predicted before its first start, and anew where rows were added."""
-    path = self.workdir / 'budget.json'
-    if path.exists():
-      record = json.loads(path.read_text())
-      if record['evaluate'] == self.config.evaluate:
-        return record['parts']
-    parts = budget.predict(self.config, self.base, rows)
-    workdir_lib.write_json(path, {'evaluate': self.config.evaluate, 'parts': parts})
-    return parts
+    return stages.counts(episodes)
 
   def run(self) -> dict[str, Any]:
     """All stages; returns and writes summary.json."""
@@ -266,7 +211,8 @@ class Loop:
     rows = evaluation_rows.parse(c.evaluate)
     workdir_lib.open_workdir(
       self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)}, free_keys=_FREE_KEYS)
-    predicted = self.predict(rows)
+    predicted = stages.predicted(
+      self.workdir, {'evaluate': c.evaluate}, lambda: budget.predict(c, self.base, rows))
     print(budget.table(predicted), flush=True)
     if c.warm_episodes:
       self.stage('warm_start', self.warm_start)
@@ -303,32 +249,6 @@ class Loop:
     return record
 
 
-def _counts(episodes: Sequence[trajectory.Episode]) -> dict[str, int]:
-  return {'episodes': len(episodes), 'won': sum(e.success for e in episodes),
-          'tokens': sum(len(e.tokens) for e in episodes)}
-
-
-def _record(run: str | pathlib.Path, stage: str) -> dict[str, Any]:
-  """What a finished stage recorded."""
-  return json.loads((pathlib.Path(run) / stage / 'done.json').read_text())
-
-
-def _earlier_seconds(folder: pathlib.Path) -> float:
-  """Seconds of the starts of a stage that were stopped, and notes that another one begins.
-
-  A killed process cannot say when it ended: it is taken to have lived until the last write to its
-  folder.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / 'starts.json'
-  record = json.loads(path.read_text()) if path.exists() else {'earlier_s': 0.0, 'started': None}
-  if record['started'] is not None:
-    last = max(file.stat().st_mtime for file in folder.rglob('*') if file.is_file())
-    record['earlier_s'] += max(0.0, last - record['started'])
-  workdir_lib.write_json(path, {'earlier_s': record['earlier_s'], 'started': time.time()})
-  return record['earlier_s']
-
-
 def check(config) -> None:
   """What can be known to be wrong before anything slow starts.
 
@@ -348,10 +268,7 @@ def check(config) -> None:
           '--workdir of a finished run.')
     if config.warm_episodes:
       raise errors.UserError('next_after goes on from a student: set warm_episodes=0.')
-  if '$' in config.data:
-    raise errors.UserError(
-      f'data is {config.data}, and that variable is not set; set it to the folder of the real '
-      'data, or give data=FOLDER or data=generated.')
+  stages.check_data(config.data)
   hints_lib.check_flags(config.writer, config.hint_model)
   if config.writer == 'openai' and 'api.openai.com' in config.hint_base_url and not os.environ.get(
       'OPENAI_API_KEY'):
@@ -380,7 +297,8 @@ def main(_):
   print('tokens an episode, hint block not counted: '
         + ', '.join(f'{name} {mean:.0f}' for name, mean in tokens.items()))
   print(f'\n{sum(record["wall_s"].values()) / 60:.1f} min in all; {workdir / "summary.json"}')
-  print(f'to look at: {report.write(workdir)}')
+  for page in report.write(workdir):
+    print(f'to look at: {page}')
 
 
 if __name__ == '__main__':

@@ -94,7 +94,7 @@
     const summary = make('summary', '', 'prompt, ' + tokens + ' tokens');
     if (memory) {
       summary.append(', ');
-      summary.append(make('span', 'legend-memory', memory + ' of them hints'));
+      summary.append(make('span', 'legend-memory', memory + ' of them ' + data.memory));
     }
     const text = make('div', 'prompt');
     for (const [kind, place, control] of episode.prompt) {
@@ -112,19 +112,41 @@
     return details;
   }
 
+  // An experience: outcome and provenance first, the whole of it on demand.
+  function experienceView(found) {
+    const details = make('details');
+    const summary = make('summary');
+    summary.append(make('span', 'tag' + (found.outcome === 'success' ? ' yes' : ''),
+      found.outcome === 'success' ? 'solved' : 'failed'));
+    summary.append(' ' + found.provenance);
+    details.append(summary, make('div', 'prompt', found.text));
+    return details;
+  }
+
   function retrievedView(episode) {
     const box = make('div', 'retrieved');
-    box.append(make('p', '', 'retrieved hints, with their similarity'));
-    const list = make('ul');
-    for (const hint of episode.hints) {
+    let from = null;
+    let list = null;
+    for (const found of episode.retrieved) {
+      // A memory that changes is shown block by block.
+      if (list === null || found.step !== from) {
+        from = found.step;
+        box.append(make('p', '', 'retrieved ' + data.memory + ', with their similarity'
+          + (from ? ', from call ' + (from + 1) + ' on' : '')));
+        list = make('ul');
+        box.append(list);
+      }
       const item = make('li');
-      item.append(make('span', 'score', hint.score === null ? '–' : hint.score.toFixed(3)));
-      const text = make(hint.bank === null ? 'span' : 'a', '', hint.text);
-      if (hint.bank !== null) text.href = '#hint-' + Number(hint.bank);
-      item.append(text);
+      item.append(make('span', 'score', found.score === null ? '–' : found.score.toFixed(3)));
+      if (found.outcome) {
+        item.append(experienceView(found));
+      } else {
+        const text = make(found.bank === null ? 'span' : 'a', '', found.text);
+        if (found.bank !== null) text.href = '#hint-' + Number(found.bank);
+        item.append(text);
+      }
       list.append(item);
     }
-    box.append(list);
     return box;
   }
 
@@ -181,7 +203,7 @@
       + counts[2] + ' generated'));
     view.append(top);
     const context = make('div', 'context');
-    if (episode.hints.length) context.append(retrievedView(episode));
+    if (episode.retrieved.length) context.append(retrievedView(episode));
     if (episode.prompt) context.append(promptView(episode));
     view.append(context);
     const steps = make('ol', 'steps');

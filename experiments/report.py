@@ -1,8 +1,8 @@
-"""One HTML page about a finished hint distillation: results, curves, hints, and every episode.
+"""HTML pages about a finished experiment: results, curves, memory, and every episode.
 
   python -m experiments.report --workdir=runs/demo     # writes runs/demo/report.html
 
-The page is one file without any address in it: it can be mailed, archived and opened offline.
+A page is one file without any address in it: it can be mailed, archived and opened offline.
 Its rows are those of the run's summary.json, whatever policies and controls they are. Under the
 table and the charts it has an episode reader, in which the policies are read side by side on the
 same game, and the place where teacher and student part is marked.
@@ -33,10 +33,15 @@ _ROW_KEYS = {
   'id', 'n', 'success_rate', 'success_ci95', 'env_steps_mean', 'model_calls_mean',
   'prompt_tokens_mean', 'prefilled_tokens_mean', 'generated_tokens_mean', 'policy', 'memory'}
 
-_MEND = 'start python -m experiments.hint_distillation with this --workdir to finish it'
+_MEND = 'start the experiment with this --workdir again to finish it'
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path) -> Any:
+  """Reads a file of a run.
+
+  Raises:
+    errors.UserError: it is missing or torn.
+  """
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
@@ -45,10 +50,10 @@ def _read_json(path: pathlib.Path) -> Any:
     raise errors.UserError(f'{path} is not JSON ({error}); {_MEND}.') from None
 
 
-def _read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
   """The records of a training; none for a student that had no episode to be trained on."""
   path, done = folder / 'metrics.jsonl', folder / 'done.json'
-  if not path.exists() and done.exists() and _read_json(done).get('trained') == 0:
+  if not path.exists() and done.exists() and read_json(done).get('trained') == 0:
     return []
   try:
     records = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line]
@@ -72,7 +77,7 @@ def load_summary(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / 'summary.json'
   if not path.exists():
     raise errors.UserError(f'{workdir} is no finished run (it has no summary.json); {_MEND}.')
-  record = _read_json(path)
+  record = read_json(path)
   rows = record.get('rows') if isinstance(record, dict) else None
   ids = [row.get('id') for row in rows or [] if isinstance(row, dict)]
   if not ids or not (workdir / 'evaluation').is_dir():
@@ -90,19 +95,23 @@ def load_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def load_evaluations(
-  workdir: pathlib.Path, summary: dict[str, Any]
+  folder: pathlib.Path, summary: dict[str, Any]
 ) -> dict[str, dict[str, trajectory.Episode]]:
   """Returns policy -> task id -> episode, the tasks in the same order for every policy.
+
+  Args:
+    folder: holds the run of every row.
+    summary: has the rows.
 
   Raises:
     errors.UserError: episodes are missing, or the policies did not play the same games.
   """
   played, counts = {}, {row['id']: row.get('n') for row in summary['rows']}
   for policy in counts:
-    episodes = trajectory.load_episodes(workdir / 'evaluation' / policy)
+    episodes = trajectory.load_episodes(folder / policy)
     if len(episodes) != counts[policy]:
       raise errors.UserError(
-        f'{workdir / "evaluation" / policy} holds {len(episodes)} episodes and summary.json '
+        f'{folder / policy} holds {len(episodes)} episodes and summary.json '
         f'counts {counts[policy]}; {_MEND}.')
     played[policy] = {e.task_id: e for e in episodes}
   first = next(iter(played))
@@ -110,7 +119,7 @@ def load_evaluations(
   for policy in played:
     if sorted(played[policy]) != tasks:
       raise errors.UserError(
-        f'{workdir}: {policy} and {first} were not evaluated on the same games; {_MEND}.')
+        f'{folder}: {policy} and {first} were not evaluated on the same games; {_MEND}.')
     played[policy] = {task: played[policy][task] for task in tasks}
   return played
 
@@ -192,6 +201,25 @@ def _step_record(step: trajectory.Step) -> dict[str, Any]:
   return record
 
 
+def _retrieved(
+  episode: trajectory.Episode, bank_places: dict[str, int]
+) -> list[dict[str, Any]]:
+  """What was in the memory block, in its order, with what the record says of where it came from."""
+  texts: dict[str, str] = {}
+  found = []
+  for r in episode.retrieved:
+    name = str(r.get('id'))
+    # Where a block holds again what an earlier one held, the text stands there only.
+    texts[name] = str(r.get('text', '')) or texts.get(name, '')
+    record = {'text': texts[name], 'score': float(r.get('score', math.nan)), 'step': 0,
+              'bank': bank_places.get(name)}
+    if r.get('outcome'):
+      record |= {'outcome': str(r['outcome']), 'provenance': str(r.get('provenance', '')),
+                 'step': int(r.get('step', 0))}
+    found.append(record)
+  return found
+
+
 def episode_record(
   episode: trajectory.Episode, bank_places: dict[str, int],
   tokenizer: tokenizer_lib.Tokenizer | None, texts: Texts
@@ -202,10 +230,7 @@ def episode_record(
     'won': bool(episode.success),
     'termination': episode.termination,
     'prompt': prompt_parts(episode, tokenizer, texts) if readable else None,
-    'hints': [
-      {'text': str(r.get('text', '')), 'score': float(r.get('score', math.nan)),
-       'bank': bank_places.get(str(r.get('id')))}
-      for r in episode.retrieved],
+    'retrieved': _retrieved(episode, bank_places),
     'steps': [_step_record(step) for step in episode.steps],
     'env_steps': int(episode.env_steps),
     'calls': int(episode.model_calls),
@@ -215,35 +240,44 @@ def episode_record(
 
 
 def reader_data(
-  played: dict[str, dict[str, trajectory.Episode]], bank: hints_lib.HintBank,
-  tokenizer: tokenizer_lib.Tokenizer | None
+  played: dict[str, dict[str, trajectory.Episode]], bank_places: dict[str, int],
+  tokenizer: tokenizer_lib.Tokenizer | None, *, teacher: str = TEACHER, student: str = STUDENT,
+  base: str = 'base', memory: str = 'hints'
 ) -> dict[str, Any]:
-  """Everything that the episode reader needs, of JSON's types."""
+  """Everything that the episode reader needs, of JSON's types.
+
+  Args:
+    played: row -> task id -> episode, as `load_evaluations` gives them.
+    bank_places: hint id -> its number on the page.
+    tokenizer: of the run; None shows no prompts.
+    teacher, student, base: the rows whose episodes are held against one another.
+    memory: what the block holds, in words.
+  """
   texts = Texts()
-  places = {hint.id: i for i, hint in enumerate(bank.hints)}
   policies, games = list(played), []
-  both = {TEACHER, STUDENT} <= played.keys()
+  both = {teacher, student} <= played.keys()
   for task, first in played[policies[0]].items():
     episodes = [played[policy][task] for policy in policies]
-    parts = parting(played[TEACHER][task], played[STUDENT][task]) if both else None
+    parts = parting(played[teacher][task], played[student][task]) if both else None
     games.append({
       'task': task,
       'type': first.task_type,
       'instruction': first.instruction,
       'parting': None if parts is None else list(parts),
-      'episodes': [episode_record(e, places, tokenizer, texts) for e in episodes],
+      'episodes': [episode_record(e, bank_places, tokenizer, texts) for e in episodes],
     })
   # Games of one outcome lie together, so that the map shows how large each group is; the student's
   # outcome makes the largest groups, then the teacher's.
   weight = sorted(range(len(policies)), key=lambda i: (
-    policies[i] != STUDENT, policies[i] != TEACHER, -i))
+    policies[i] != student, policies[i] != teacher, -i))
   games.sort(key=lambda game: [not game['episodes'][i]['won'] for i in weight])
   place = lambda policy: policies.index(policy) if policy in played else -1
   return {
     'policies': policies,
-    'teacher': place(TEACHER),
-    'student': place(STUDENT),
-    'base': place('base'),
+    'teacher': place(teacher),
+    'student': place(student),
+    'base': place(base),
+    'memory': memory,
     'texts': texts.all,
     'games': games,
   }
@@ -281,7 +315,7 @@ def hint_uses(episodes: Sequence[trajectory.Episode]) -> dict[str, list[int]]:
   return dict(uses)
 
 
-def _tokenizer(config: dict[str, Any]) -> tuple[tokenizer_lib.Tokenizer | None, str]:
+def load_tokenizer(config: dict[str, Any]) -> tuple[tokenizer_lib.Tokenizer | None, str]:
   """The run's tokenizer, or None and the reason: a report must not need the weights' folder."""
   try:
     return policy_lib.load_tokenizer(
@@ -291,6 +325,17 @@ def _tokenizer(config: dict[str, Any]) -> tuple[tokenizer_lib.Tokenizer | None, 
     return None, str(error)
 
 
+def paired_with_counts(
+  summary: dict[str, Any], played: dict[str, dict[str, trajectory.Episode]]
+) -> list[dict[str, Any]]:
+  """The differences between rows that were played, with the games that only one of them solved."""
+  wins = {policy: [e.success for e in tasks.values()] for policy, tasks in played.items()}
+  return [
+    {**pair, 'only_a': sum(x and not y for x, y in zip(wins[pair['a']], wins[pair['b']])),
+     'only_b': sum(y and not x for x, y in zip(wins[pair['a']], wins[pair['b']]))}
+    for pair in summary.get('paired', []) if {pair['a'], pair['b']} <= wins.keys()]
+
+
 def gather(workdir: pathlib.Path) -> dict[str, Any]:
   """Reads a finished run into what `report_page.render` draws.
 
@@ -298,30 +343,26 @@ def gather(workdir: pathlib.Path) -> dict[str, Any]:
     errors.UserError: the run is not there, not finished, or damaged.
   """
   summary = load_summary(workdir)
-  config = _read_json(workdir / 'config.json')
+  config = read_json(workdir / 'config.json')
   if not isinstance(config, dict):
     raise errors.UserError(f'{workdir / "config.json"} is not the config of a run; {_MEND}.')
-  played = load_evaluations(workdir, summary)
+  played = load_evaluations(workdir / 'evaluation', summary)
   bank = hints_lib.HintBank.load(workdir / 'hints' / 'bank.json')
-  tokenizer, problem = _tokenizer(config)
+  tokenizer, problem = load_tokenizer(config)
   evaluations = {policy: list(played[policy].values()) for policy in played}
   if tokenizer and next(iter(evaluations.values()))[0].tokenizer != tokenizer.fingerprint:
     problem = 'the tokenizer found is not the one that the episodes were played with'
   collected = {name: trajectory.load_episodes(workdir / name) for name in COLLECTIONS}
   # A later round starts from the round before and has no warm start of its own.
   warm = config.get('warm_episodes', 1) and not config.get('next_after')
-  wins = {policy: [e.success for e in evaluations[policy]] for policy in played}
-  paired = [
-    {**pair, 'only_a': sum(x and not y for x, y in zip(wins[pair['a']], wins[pair['b']])),
-     'only_b': sum(y and not x for x, y in zip(wins[pair['a']], wins[pair['b']]))}
-    for pair in summary.get('paired', []) if {pair['a'], pair['b']} <= wins.keys()]
+  paired = paired_with_counts(summary, played)
   return {
     'summary': {**summary, 'paired': paired},
     'config': config,
     'tokens': {policy: token_means(evaluations[policy]) for policy in played},
     'solved': {policy: solved_by_call(evaluations[policy]) for policy in played},
     'trainings': {
-      name: _read_metrics(workdir / name) for name in TRAININGS if warm or name != 'warm_start'},
+      name: read_metrics(workdir / name) for name in TRAININGS if warm or name != 'warm_start'},
     'terminations': [
       *((f'evaluation: {policy}', policy, collections.Counter(
         e.termination for e in evaluations[policy])) for policy in played),
@@ -329,21 +370,33 @@ def gather(workdir: pathlib.Path) -> dict[str, Any]:
          collections.Counter(e.termination for e in collected[name])) for name in COLLECTIONS)],
     'bank': bank,
     'uses': hint_uses(collected['teacher'] + evaluations.get(TEACHER, [])),
-    'reader': reader_data(played, bank, tokenizer),
+    'reader': reader_data(
+      played, {hint.id: i for i, hint in enumerate(bank.hints)}, tokenizer),
     'prompt_problem': problem,
   }
 
 
-def write(workdir: str | os.PathLike) -> pathlib.Path:
-  """Writes the page of a finished run, whole or not at all; returns its path.
+def write(workdir: str | os.PathLike) -> list[pathlib.Path]:
+  """Writes the page of a finished run, each whole or not at all; returns the paths.
+
+  A hint distillation has one page, an experience retrieval one for each of its splits.
 
   Raises:
     errors.UserError: the run is not there, not finished or damaged, or cannot be written to.
   """
   workdir = pathlib.Path(workdir)
-  page = report_page.render(gather(workdir))
-  path = workdir / NAME
-  temporary = path.with_name(f'{NAME}.tmp')
+  path = workdir / 'summary.json'
+  record = read_json(path) if path.is_file() else None
+  if isinstance(record, dict) and record.get('experiment') == 'experience_retrieval':
+    from experiments import report_experience  # it reads with what is here
+    pages = report_experience.pages(workdir, record)
+  else:
+    pages = {NAME: gather(workdir)}
+  return [_write(workdir / name, report_page.render(run)) for name, run in pages.items()]
+
+
+def _write(path: pathlib.Path, page: str) -> pathlib.Path:
+  temporary = path.with_name(f'{path.name}.tmp')
   try:
     # A lone surrogate in a model's reply must not cost the whole page.
     temporary.write_text(page, encoding='utf-8', errors='replace')
@@ -356,13 +409,13 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def main(_) -> None:
-  path = write(flags.FLAGS.workdir)
-  print(f'{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser')
+  for path in write(flags.FLAGS.workdir):
+    print(f'{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser')
 
 
 def define_flags() -> None:
   """Flags of the command; not defined on import, since tests import this module."""
-  flags.DEFINE_string('workdir', None, 'Folder of a finished experiments.hint_distillation run.')
+  flags.DEFINE_string('workdir', None, 'Folder of a finished experiment.')
 
 
 if __name__ == '__main__':

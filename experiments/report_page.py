@@ -23,17 +23,26 @@ _ASSETS = pathlib.Path(__file__).parent
 _TRAINING_TITLES = {
   'warm_start': 'Warm start: expert episodes of other skills',
   'sft': 'sft: on what base solved',
-  'distilled': 'distilled: on what the teacher solved, hints removed',
+  'distilled': 'distilled: on what the teacher solved, its memory removed',
+  'lora': 'lora: demonstrations without a memory',
+  'exprag_lora': 'exprag_lora: demonstrations with a memory',
+  'exprag_lora_dropout': 'exprag_lora_dropout: likewise, with retrieval dropout',
 }
 _POLICY_NOTES = {
   'base': 'no hints',
   'base+hints': 'teacher: hints in the prompt',
   'sft': 'student of base',
   'distilled': 'student of the teacher',
+  'frozen': 'the model as it is',
+  'lora': 'trained without a memory',
+  'exprag_lora': 'trained with a memory; index empty',
+  'exprag_lora_dropout': 'trained with retrieval dropout; index empty',
 }
 _MEMORY_NOTES = {
-  'hints': 'with retrieved hints', 'random': 'control: random hints',
-  'fixed': 'control: fixed hints',
+  'hints': 'with retrieved hints', 'random': 'control: random {memory}',
+  'fixed': 'control: fixed hints', 'matched': 'with the index of its own split',
+  'mismatched': "with the other split's index", 'all': 'with both indexes in one',
+  'growing': 'with an index that grew meanwhile',
 }
 ENDINGS = {
   'success': 'solved',
@@ -98,12 +107,13 @@ def _policy(name: str, looks: charts.Looks) -> str:
   return f'<span class="policy">{looks.swatch(name)}<b>{escape(name)}</b></span>'
 
 
-def policy_note(name: str) -> str:
+def policy_note(name: str, memory_name: str = 'hints') -> str:
   """What a row of the evaluation is, in some words: POLICY, POLICY+MEMORY or POLICY+MEMORY@K."""
   if name in _POLICY_NOTES:
     return _POLICY_NOTES[name]
   memory, _, k = name.partition('+')[2].partition('@')
   note = _MEMORY_NOTES.get(memory, f'with {memory}' if memory else '')
+  note = note.replace('{memory}', memory_name)
   if memory.endswith('-hints'):
     note = f'hints of the writer {memory.removesuffix("-hints")}'
   return f'{note}, k = {k}' if k else note
@@ -120,7 +130,7 @@ def lead(run: dict[str, Any]) -> str:
   rows = {row['id']: row for row in run['summary']['rows']}
   pairs = {(p['a'], p['b']): p for p in run['summary']['paired']}
   student = rows.get('distilled')
-  if student is None:
+  if student is None or run['reader']['memory'] != 'hints':
     best = max(rows.values(), key=lambda row: row['success_rate'])
     return (f'<p class="lead">Of {best["n"]} unseen games {escape(best["id"])} solves the most, '
             f'<b>{_percent(best["success_rate"])} %</b>.</p>')
@@ -152,9 +162,9 @@ def results(run: dict[str, Any]) -> str:
   for row in run['summary']['rows']:
     low, high = row['success_ci95']
     memory = row.get('memory_tokens_mean')
+    note = policy_note(row['id'], run['reader']['memory'])
     cells = [
-      f'<th scope="row">{_policy(row["id"], looks)}<small>{escape(policy_note(row["id"]))}</small>'
-      '</th>',
+      f'<th scope="row">{_policy(row["id"], looks)}<small>{escape(note)}</small></th>',
       _cell(f'{charts.interval(low, row["success_rate"], high, row["id"], looks)}'
             f'<span><b>{_percent(row["success_rate"])} %</b> '
             f'<small>{_range(row["success_ci95"])}</small></span>', 'number wide')]
@@ -165,7 +175,7 @@ def results(run: dict[str, Any]) -> str:
       cells.append(_cell('–' if value is None else f'{value:,.{digits}f}'))
     body.append(f'<tr>{"".join(cells)}</tr>')
   titles = ('policy', 'solved, 95 % interval', 'env steps', 'model calls', 'prompt tokens',
-            'hint tokens', 'computed tokens', 'generated', 'invalid actions')
+            'memory tokens', 'computed tokens', 'generated', 'invalid actions')
   pairs = []
   reach = max((abs(x) for p in run['summary']['paired'] for x in p['ci95']), default=0) or 1
   for pair in run['summary']['paired']:
@@ -326,6 +336,30 @@ def bank(run: dict[str, Any]) -> str:
     '</section>')
 
 
+def experiences(run: dict[str, Any]) -> str:
+  """The banks of experiences: what each was made from, and what was retrieved for it."""
+  rows = []
+  for name, provenance in run['banks'].items():
+    for source in provenance.get('sources', []):
+      cells = (source.get('run', ''), source.get('policy', ''))
+      rows.append(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + ''.join(_cell(escape(cell), 'text') for cell in cells)
+        + ''.join(_cell(escape(source.get(key, 0)))
+                  for key in ('successes', 'failures', 'left_out')) + '</tr>')
+  retrieved = [
+    f'<tr><th scope="row">{_policy(name, run["looks"])}</th>{_cell(f"{experiences:,.2f}")}'
+    f'{_cell(f"{score:.3f}")}{_cell("–" if same is None else f"{_percent(same)} %")}</tr>'
+    for name, experiences, score, same in run['retrieved']]
+  return (
+    '<section id="bank"><h2>The experience banks</h2>'
+    + _table('Banks', ('index', 'run', 'played by', 'successes', 'failures', 'left out'), rows)
+    + '<h3>What was retrieved</h3>'
+    + _table('Retrieved', ('policy', 'experiences an episode', 'mean similarity',
+                           'with a success at the same kind of task'), retrieved)
+    + '<p class="note">What was played on a task itself is never retrieved for it.</p></section>')
+
+
 def reader(run: dict[str, Any]) -> str:
   """The frame of the episode reader, which report.js fills."""
   problem = run['prompt_problem']
@@ -384,18 +418,21 @@ def render(run: dict[str, Any]) -> str:
   config, first = run['config'], run['summary']['rows'][0]
   looks = charts.Looks([row['id'] for row in run['summary']['rows']])
   run = {**run, 'looks': looks}
+  memory, title = run['reader']['memory'], run.get('title', 'Hint distillation')
+  k = config.get('k' if memory == 'hints' else 'experience_k')
   facts = [config.get('model'), config.get('env'), f'agent {config.get("agent")}',
-           f'{first["n"]} games of {first.get("split")}', f'k = {config.get("k")} hints',
+           f'{first["n"]} games of {first.get("split")}', f'k = {k} {memory}',
            f'seed {first.get("seed")}']
   warning = (
     '<p class="warning">A dry run: a tiny random model walked through every stage, and the numbers '
     'mean nothing.</p>' if config.get('dry_run') else '')
   links = ''.join(
-    f'<a href="#{name}">{title}</a>' for name, title in (
-      ('results', 'Results'), ('cost', 'Cost'), ('training', 'Training'),
-      ('endings', 'Endings'), ('bank', 'Hints'), ('reader', 'Episodes'), ('about', 'The run')))
+    f'<a href="#{name}">{label}</a>' for name, label in (
+      ('results', 'Results'), ('cost', 'Cost'), ('training', 'Training'), ('endings', 'Endings'),
+      ('bank', memory.capitalize()), ('reader', 'Episodes'), ('about', 'The run')))
   body = ''.join(part(run) for part in (
-    results, cost, training, terminations, bank, reader, about))
+    results, cost, training, terminations, bank if memory == 'hints' else experiences, reader,
+    about))
   record = embedded_json({
     **run['reader'], 'endings': ENDINGS,
     'looks': [looks.css(policy) for policy in run['reader']['policies']]})
@@ -405,9 +442,9 @@ def render(run: dict[str, Any]) -> str:
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
     '<link rel="icon" href="data:,">'
-    f'<title>Hint distillation: {escape(config.get("model"))}</title>'
+    f'<title>{escape(title)}: {escape(config.get("model"))}</title>'
     f'<style>{style}</style></head><body>'
-    f'<header><h1>Hint distillation</h1><p class="facts-line">'
+    f'<header><h1>{escape(title)}</h1><p class="facts-line">'
     f'{" · ".join(escape(fact) for fact in facts)}</p>{warning}{lead(run)}<nav>{links}</nav>'
     f'</header><main>{body}</main>'
     f'<script type="application/json" id="data">{record}</script>'

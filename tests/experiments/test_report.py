@@ -164,7 +164,7 @@ def _embedded(page):
 
 
 def test_page_is_one_file_with_every_section(workdir, readable):
-  page = report.write(workdir).read_text()
+  page = report.write(workdir)[0].read_text()
   scan = _Scan(page)
   assert {'results', 'cost', 'training', 'endings', 'bank', 'reader', 'about'} <= {
     attrs.get('id') for tag, attrs in scan.tags if tag == 'section'}
@@ -180,7 +180,7 @@ def test_page_is_one_file_with_every_section(workdir, readable):
 
 
 def test_the_rows_are_those_of_the_summary(workdir, readable):
-  text = ' '.join(_Scan(report.write(workdir).read_text()).text)
+  text = ' '.join(_Scan(report.write(workdir)[0].read_text()).text)
   assert 'control: random hints, k = 6' in text and 'hints of the writer self' in text
   assert _embedded((workdir / report.NAME).read_text())['policies'] == [
     'base', 'base+hints', 'sft', 'distilled', 'base+random@6', 'distilled+self-hints']
@@ -188,7 +188,7 @@ def test_the_rows_are_those_of_the_summary(workdir, readable):
   record = json.loads((workdir / 'summary.json').read_text())
   record['rows'] = [row for row in record['rows'] if row['id'] in ('base', 'base+random@6')]
   (workdir / 'summary.json').write_text(json.dumps(record))
-  page = report.write(workdir).read_text()
+  page = report.write(workdir)[0].read_text()
   data = _embedded(page)
   assert (data['student'], data['teacher'], data['base']) == (-1, -1, 0)
   assert {game['parting'] for game in data['games']} == {None}
@@ -227,7 +227,7 @@ def test_labels_of_a_chart_are_apart_and_inside_it():
 
 
 def test_hostile_text_stays_text(workdir, readable):
-  page = report.write(workdir).read_text()
+  page = report.write(workdir)[0].read_text()
   scan = _Scan(page)
   assert len(scan.scripts) == 2
   assert not [tag for tag, _ in scan.tags if tag == 'img']
@@ -242,7 +242,7 @@ def test_hostile_text_stays_text(workdir, readable):
 
 
 def test_prompt_marks_memory_and_real_control_tokens(workdir, readable):
-  data = _embedded(report.write(workdir).read_text())
+  data = _embedded(report.write(workdir)[0].read_text())
   student, teacher = (data['games'][0]['episodes'][i] for i in (3, 1))
   parts = lambda e: [
     (kind, data['texts'][place], control) for kind, place, control, _ in e['prompt']]
@@ -251,8 +251,9 @@ def test_prompt_marks_memory_and_real_control_tokens(workdir, readable):
     ('memory', f'Hints:\n- {_EVIL}\n\n', False), ('task', _MARKERS, False),
     ('task', '<|im_end|>', True)]
   assert 'memory' not in {kind for kind, _, _ in parts(student)}
-  assert teacher['hints'][0] == {'text': f'Rule {_EVIL}', 'score': 0.75, 'bank': 0}
-  assert teacher['hints'][1]['bank'] is None
+  assert teacher['retrieved'][0] == {
+    'text': f'Rule {_EVIL}', 'score': 0.75, 'bank': 0, 'step': 0}
+  assert teacher['retrieved'][1]['bank'] is None
 
 
 @pytest.mark.parametrize('config', [{'tokenizer': '/nowhere/tokenizer'}, {'tokenizer': ''}])
@@ -266,7 +267,7 @@ def test_without_its_tokenizer_the_page_says_why_prompts_are_missing(
     before = json.loads((workdir / 'config.json').read_text())
     config = {**before, **config, 'model': 'smollm2_135m'}
     (workdir / 'config.json').write_text(json.dumps(config))
-  page = report.write(workdir).read_text()
+  page = report.write(workdir)[0].read_text()
   assert 'Prompts are not shown' in page
   assert {e['prompt'] for g in _embedded(page)['games'] for e in g['episodes']} == {None}
 
@@ -314,14 +315,14 @@ def test_a_run_without_warm_start_or_hints(workdir, readable):
   (workdir / 'config.json').write_text(json.dumps({**config, 'warm_episodes': 0}))
   shutil.rmtree(workdir / 'warm_start')
   hints.HintBank([]).save(workdir / 'hints' / 'bank.json')
-  page = report.write(workdir).read_text()
+  page = report.write(workdir)[0].read_text()
   assert page.count('class="chart"') == 5 and 'No failure taught a hint.' in page
 
 
 def test_a_student_without_episodes_to_train_on(workdir, readable):
   (workdir / 'sft' / 'metrics.jsonl').unlink()
   (workdir / 'sft' / 'done.json').write_text('{"trained": 0, "adapter": "", "wall_s": 0.1}')
-  assert 'Nothing to train on' in report.write(workdir).read_text()
+  assert 'Nothing to train on' in report.write(workdir)[0].read_text()
 
 
 @pytest.mark.parametrize('damage, words', [
@@ -429,7 +430,7 @@ def chromium(tmp_path_factory):
 @pytest.mark.parametrize('dark', [False, True])
 def test_the_page_is_readable(workdir, readable, chromium, width, dark):
   chromium.show(width, dark=dark)
-  chromium.open(report.write(workdir))
+  chromium.open(report.write(workdir)[0])
   assert chromium.console == []
   assert chromium.run('document.documentElement.dataset.ready') == '1'
   assert chromium.run(_WIDTHS) == [width, []]
@@ -450,7 +451,7 @@ def test_the_page_is_readable(workdir, readable, chromium, width, dark):
 @_needs_browser
 def test_the_checks_of_the_page_can_fail(workdir, readable, chromium):
   chromium.show(400)
-  chromium.open(report.write(workdir))
+  chromium.open(report.write(workdir)[0])
   chromium.run("""document.querySelector('.note').style.color = '#aaa'""")
   chromium.run("""document.querySelector('.chart .tick').style.fill = '#ccc'""")
   low = chromium.run(_LOW_CONTRAST)
@@ -467,7 +468,7 @@ def test_the_checks_of_the_page_can_fail(workdir, readable, chromium):
 @_needs_browser
 def test_wide_tables_scroll_in_their_own_box(workdir, readable, chromium):
   chromium.show(400)
-  chromium.open(report.write(workdir))
+  chromium.open(report.write(workdir)[0])
   assert chromium.run("""[...document.querySelectorAll('.scroll')].map((box) => {
     const name = box.querySelector('tbody th');
     const before = name.getBoundingClientRect().left;
@@ -492,7 +493,7 @@ _NOW = """(() => {
 @_needs_browser
 def test_the_reader_steps_through_an_episode(workdir, readable, chromium):
   chromium.show(1200)
-  chromium.open(report.write(workdir))
+  chromium.open(report.write(workdir)[0])
   text = chromium.run("document.getElementById('reader').innerText")
   for part in ('I think', 'go to shelf 1', 'You see', 'not a command', 'here they part', '0.750',
                'cut at the token limit', 'onerror=alert(1)', 'reward 1', 'Hints:'):
@@ -539,7 +540,7 @@ def test_the_reader_steps_through_an_episode(workdir, readable, chromium):
 @_needs_browser
 def test_the_reader_on_a_phone(workdir, readable, chromium):
   chromium.show(400)
-  chromium.open(report.write(workdir))
+  chromium.open(report.write(workdir)[0])
   assert chromium.run(_SHOWN) == ['distilled']
   chromium.run("document.querySelector('#policy-tabs [aria-selected=true]').focus()")
   chromium.press('ArrowLeft')
@@ -563,7 +564,7 @@ def test_a_run_without_teacher_and_student_has_a_reader(workdir, readable, chrom
   record['rows'] = [row for row in record['rows'] if row['id'] in ('sft', 'base+random@6')]
   (workdir / 'summary.json').write_text(json.dumps(record))
   chromium.show(1200)
-  chromium.open(report.write(workdir))
+  chromium.open(report.write(workdir)[0])
   assert chromium.console == [] and chromium.run(_SHOWN) == ['sft', 'base+random@6']
   assert chromium.run("document.querySelectorAll('.jump').length") == 0
   assert chromium.run("document.getElementById('game-filter').options.length") == 3
@@ -572,7 +573,7 @@ def test_a_run_without_teacher_and_student_has_a_reader(workdir, readable, chrom
 @_needs_browser
 def test_browser_shows_a_script_failure(workdir, readable, chromium):
   """The check for script errors can fail: one is seen, in the DOM and on the page."""
-  page = report.write(workdir)
+  [page] = report.write(workdir)
   text = page.read_text()
   script = re.search(r'<script>(.*)</script></body>', text, re.S).group(1)
   broken = script.replace('applyFilter();\n  choose(telling)', 'missing();\n  choose(telling)')
