@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -229,6 +230,52 @@ class Tokenizer:
       raise UserError(
         f'the chat template of {self._name} refuses a system, user, assistant conversation: {error}'
       ) from error
+
+
+# What a Hugging Face folder has beside its weights, as far as it is about text.
+_FOLDER_FILES = (
+  'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'special_tokens_map.json',
+  'added_tokens.json', 'vocab.json', 'merges.txt', 'generation_config.json')  # fmt: skip
+
+
+def export(source: str | pathlib.Path, folder: str | pathlib.Path) -> list[str]:
+  """Writes a model's tokenizer, chat template and stop tokens into a Hugging Face folder.
+
+  Args:
+    source: a Hugging Face folder, whose files are copied, or a .gguf file, from whose metadata
+      they are made.
+    folder: exists.
+
+  Returns:
+    The names of the files.
+
+  Raises:
+    UserError: the source has no tokenizer that can be read.
+  """
+  source, folder = pathlib.Path(source), pathlib.Path(folder)
+  if source.is_dir():
+    model_folder.read_json(source / 'tokenizer.json')
+    names = [name for name in _FOLDER_FILES if (source / name).is_file()]
+    for name in names:
+      shutil.copyfile(source / name, folder / name)
+    return names
+  parts = _from_gguf(source)
+  spec = {'truncation': None, 'padding': None, 'post_processor': None, **parts['spec']}
+  spelling = {i: token for token, i in spec['model']['vocab'].items()}
+  ids = {key: parts[f'{key}_id'] for key in ('bos', 'eos', 'pad') if parts[f'{key}_id'] is not None}
+  settings = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+    'chat_template': parts['chat_template'],
+  } | {f'{key}_token': spelling[i] for key, i in ids.items()}
+  stops = list(Tokenizer.load(source).stop_ids)
+  generation = {f'{key}_token_id': i for key, i in ids.items()} | {'eos_token_id': stops}
+  content = {
+    'tokenizer.json': spec, 'tokenizer_config.json': settings, 'generation_config.json': generation}
+  for name, value in content.items():
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    (folder / name).write_text(text + '\n', encoding='utf-8')
+  return list(content)
 
 
 def derive_seams(tokenizer: Tokenizer) -> ChatSeams:

@@ -152,6 +152,8 @@ HUGGING_FACE_IDS = {
   'gemma3_4b': 'google/gemma-3-4b-it',
   'ministral3_8b': 'mistralai/Ministral-3-8B-Instruct-2512-BF16',
 }
+# Published as parts of models that also read images.
+MULTIMODAL = ('gemma3_4b', 'ministral3_8b')
 
 
 def get_config(name: str, **overrides) -> DecoderConfig:

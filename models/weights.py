@@ -8,10 +8,12 @@ front for the scan. What is loaded are `stored.Parameter`s, which read a part wh
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -60,7 +62,8 @@ _PEFT_MODULES = {t: f'self_attn.{t}_proj' for t in ('q', 'k', 'v', 'o')} | {
   t: f'mlp.{t}_proj' for t in ('gate', 'up', 'down')
 }
 _PEFT_KEY = re.compile(
-  r'base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.weight'
+  r'base_model\.model\.model\.(?:language_model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj'
+  r'\.lora_([AB])\.weight'
 )
 
 
@@ -308,33 +311,81 @@ def _rope_scaling_from_gguf(
 
 
 def export_pretrained(
-  folder: str | pathlib.Path, config: DecoderConfig, params: Mapping[str, np.ndarray]
+  folder: str | pathlib.Path,
+  config: DecoderConfig,
+  params: Mapping[str, np.ndarray],
+  *,
+  adapter: tuple[LoraConfig, Mapping[str, np.ndarray]] | None = None,
+  dtype: str | None = None,
+  max_shard_bytes: float = 5e9,
 ) -> None:
-  """Writes a whole model as a Hugging Face folder: config.json and model.safetensors.
+  """Writes a whole model as a Hugging Face folder: config.json and safetensors.
 
   What `load_pretrained` reads back to the same arrays. The tokenizer's files are not written.
 
   Args:
-    folder: made if missing; its two files are replaced one by one, each atomically.
+    folder: made if missing. Its weights and config are replaced file by file, each atomically, the
+      config last; shards of an earlier export that are left over are removed.
     config: the architecture.
-    params: flat name -> array of all its parameters, kept in their dtype.
+    params: flat name -> array of all its parameters.
+    adapter: shape and arrays of one that is folded in, W + A B alpha / R in float32.
+    dtype: in which all tensors are written, 'float32' or 'bfloat16'; None keeps their own.
+    max_shard_bytes: a file holds at most so many bytes of tensors, or one tensor.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  tensors = {}
+  lora_config, lora_params = adapter or (None, {})
+
+  def tensor(flat, layer):
+    value = params[flat]
+    # Sliced on every axis: weights that are still in files are read in such parts.
+    index = [slice(None)] * len(value.shape)
+    if layer is not None:
+      index[0] = slice(layer, layer + 1)
+    array = np.asarray(value[tuple(index)])
+    array = array if layer is None else array[0]
+    a = lora_params.get(f'{flat.removesuffix(".kernel")}.lora_a')
+    if a is not None:
+      a = np.asarray(a[layer], np.float32)
+      b = np.asarray(lora_params[f'{flat.removesuffix(".kernel")}.lora_b'][layer], np.float32)
+      array = (array.astype(np.float32) + a @ b * lora_config.scale).astype(array.dtype)
+    array = array.T if flat.endswith('.kernel') else array
+    return np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+
+  shards, size, total = [{}], 0, 0
   for flat, value in params.items():
     names = _names(config, flat, 0, 'model.layers.{}.')
-    arrays = list(np.asarray(value)) if flat.startswith('blocks.') else [np.asarray(value)]
-    for name, array in zip(names, arrays, strict=True):
-      tensors[name] = np.ascontiguousarray(array.T if flat.endswith('.kernel') else array)
-  dtypes = {str(array.dtype) for array in tensors.values() if array.ndim > 1}
-  settings = hf_config.write(config, dtypes.pop() if len(dtypes) == 1 else 'float32')
-  partial = folder / 'model.safetensors.partial'
-  safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
-  os.replace(partial, folder / 'model.safetensors')
-  partial = folder / 'config.json.partial'
-  partial.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, folder / 'config.json')
+    stacked = flat.startswith('blocks.')
+    each = math.prod(value.shape[stacked:]) * np.dtype(dtype or value.dtype).itemsize
+    for layer, name in enumerate(names):
+      if shards[-1] and size + each > max_shard_bytes:
+        shards.append({})
+        size = 0
+      shards[-1][name] = (flat, layer if stacked else None)
+      size, total = size + each, total + each
+  files = ['model.safetensors']
+  if len(shards) > 1:
+    files = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+  for file, shard in zip(files, shards, strict=True):
+    tensors = {name: tensor(*place) for name, place in shard.items()}
+    partial = folder / f'{file}.partial'
+    safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
+    os.replace(partial, folder / file)
+  index = folder / 'model.safetensors.index.json'
+  for old in {*folder.glob('model*.safetensors'), index} - {folder / file for file in files}:
+    old.unlink(missing_ok=True)
+  if len(shards) > 1:
+    where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    _write_json(index, {'metadata': {'total_size': total}, 'weight_map': where})
+  kept = {dtype or str(value.dtype) for value in params.values() if len(value.shape) > 1}
+  _write_json(
+    folder / 'config.json', hf_config.write(config, kept.pop() if len(kept) == 1 else 'float32'))
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+  os.replace(partial, path)
 
 
 def export_peft(
@@ -343,6 +394,8 @@ def export_peft(
   lora_config: LoraConfig,
   lora_params: Mapping[str, np.ndarray],
   base_model_name: str,
+  *,
+  multimodal: bool = False,
 ) -> None:
   """Writes an adapter as a PEFT folder, which `peft` and vLLM load.
 
@@ -352,6 +405,8 @@ def export_peft(
     lora_config: the adapter's shape.
     lora_params: flat name -> array, lora_a [L, in, R] and lora_b [L, R, out], kept in their dtype.
     base_model_name: written as `base_model_name_or_path`, e.g. a Hugging Face id.
+    multimodal: the base is the text model of a model that also reads images (Gemma 3, Ministral 3
+      as they are published): its layers lie deeper, and those of the images get no adapter.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -360,10 +415,14 @@ def export_peft(
     target, factor = flat.split('.')[-2:]
     layer_arrays = np.asarray(layer_arrays)
     for layer in range(config.num_layers):
-      key = f'base_model.model.model.layers.{layer}.{_PEFT_MODULES[target]}'
+      inside = 'language_model.layers' if multimodal else 'layers'
+      key = f'base_model.model.model.{inside}.{layer}.{_PEFT_MODULES[target]}'
       key += f'.lora_{factor[-1].upper()}.weight'
       tensors[key] = np.ascontiguousarray(layer_arrays[layer].T)
   alpha = lora_config.alpha
+  targets = [f'{target}_proj' for target in lora_config.targets]
+  if multimodal:
+    targets = rf'.*\.language_model\.layers\.\d+\.(self_attn|mlp)\.({"|".join(targets)})'
   settings = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
@@ -371,7 +430,7 @@ def export_peft(
     'r': lora_config.rank,
     'lora_alpha': int(alpha) if alpha == int(alpha) else alpha,
     'lora_dropout': lora_config.dropout,
-    'target_modules': [f'{target}_proj' for target in lora_config.targets],
+    'target_modules': targets,
     'bias': 'none',
     'fan_in_fan_out': False,
     'inference_mode': True,
@@ -383,9 +442,7 @@ def export_peft(
   partial = folder / 'adapter_model.safetensors.partial'
   safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
   os.replace(partial, folder / 'adapter_model.safetensors')
-  partial = folder / 'adapter_config.json.partial'
-  partial.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, folder / 'adapter_config.json')
+  _write_json(folder / 'adapter_config.json', settings)
 
 
 def load_peft(
