@@ -73,7 +73,7 @@ DEFAULTS = dict(
   max_new_tokens=24,
   max_context=1024,
   # Memory, the same in training and in play.
-  experience_k=2,
+  experience_k=2,  # episodes in a prompt
   experience_retrieval='minilm',  # an encoder of retrieval/encoders.py, bm25, random
   query='static',  # of play; training contexts are always retrieved once
   experience_format='chat',  # chat, flat, summary

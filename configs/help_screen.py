@@ -97,7 +97,9 @@ def screen(docstring: str, required: tuple[str, ...]) -> str:
   for rows in _table(_flag_rows(required)):
     lines += rows
   last = ['', 'All flags, also those of absl: --helpfull']
-  if config := _CONFIG_FILE.search(docstring):
+  # A launcher's docstring names a config of another program.
+  config = _CONFIG_FILE.search(docstring) if 'config' in flags.FLAGS else None
+  if config:
     rows, number = _key_rows(*config.groups())
     lines += [
       '', f'Useful keys of the config; all {number}, and what they mean, are in {config[1]}:']
