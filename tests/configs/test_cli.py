@@ -58,7 +58,7 @@ def test_help_is_one_screen(name):
 def test_the_useful_keys_are_all_there_with_default_and_meaning(name):
   text = ask(name, '--help').stdout
   used = re.search(r'are in configs/(\w+)\.py', text)
-  assert bool(used) == ('--config=' in text)
+  assert bool(used) == bool(re.search(r'^  --config=', text, re.MULTILINE))
   if not used:
     return
   config = importlib.import_module(f'configs.{used[1]}')
