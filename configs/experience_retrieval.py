@@ -76,7 +76,7 @@ DEFAULTS = dict(
   experience_k=2,  # episodes in a prompt
   experience_retrieval='minilm',  # an encoder of retrieval/encoders.py, bm25, random
   query='static',  # of play; training contexts are always retrieved once
-  experience_format='chat',  # chat, flat, summary
+  experience_format='summary',  # chat, flat, summary
   outcomes='all',
   same_type=False,
   diversity=0.0,
@@ -139,21 +139,21 @@ SETTINGS = {
   'demo': {},
   'houses': dict(
     evaluate=_ALL_ROWS, index_games=480, eval_games=120, teacher_games=240, epochs=6.0,
-    candidates=3),
+    candidates=3, experience_format='chat', row_len=1408),
   'household': dict(
-    _OFFICIAL, evaluate=_ALL_ROWS, env_options='num_receptacles:6-12', experience_format='summary',
+    _OFFICIAL, evaluate=_ALL_ROWS, env_options='num_receptacles:6-12',
     max_context=4096, row_len=2048),
   # valid_unseen, the paper's test, is not in every copy of the data: eval_split takes any split.
   'alfworld': dict(
     _OFFICIAL, data=os.path.join('${HINTSIGHT_DATA}', 'alfworld', 'json_2.1.1'),
     evaluate=_ALL_ROWS, index_games=240, eval_games=60, teacher_games=60,
     eval_split='valid_seen', validation_split='train', validation_skip=240,
-    experience_format='summary', max_context=4096, row_len=2048),
+    max_context=4096, row_len=2048),
   'paper': dict(
     _OFFICIAL, data=os.path.join('${HINTSIGHT_DATA}', 'alfworld', 'json_2.1.1'),
     recipe='paper', evaluate=_ALL_ROWS, index_games=0, eval_games=0, teacher_games=0,
     eval_split='valid_unseen', validation_split='valid_seen', prompt='full', failures=0.0,
-    experience_retrieval='qwen3_embedding',
+    experience_retrieval='qwen3_embedding', experience_format='chat',
     max_calls=100, max_new_tokens=32, max_context=16384, row_len=8192, slots=64),
 }
 

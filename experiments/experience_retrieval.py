@@ -16,6 +16,8 @@ What the run will cost is printed first; only what the rows need is trained. `--
 stages with a shrunken random model and a few games.
 """
 
+import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Sequence
