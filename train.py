@@ -144,6 +144,7 @@ def fit(
   rows,
   mesh,
   score: Callable[[Any], float] | None = None,
+  mirror: workdir_lib.Mirror | None = None,
 ) -> tuple[Any, dict[str, Any]]:
   """Trains what `model` does not hold frozen on packed rows, from the newest checkpoint on.
 
@@ -157,6 +158,7 @@ def fit(
     score: says how good a `decoder.Model` is, the higher the better, such as the share of tasks
       that it solves. Asked at every checkpoint; the one with the highest score is what training
       ends with. It must not keep the model, whose arrays the next step takes.
+    mirror: where `workdir` is the local end of a remote folder, which then gets the checkpoints.
 
   Returns:
     (state, record): the last `step.TrainState`, or the best one where there are scores; and what
@@ -226,7 +228,7 @@ def fit(
   else:
     train_step = make_step(remat=remat)
   checkpoints = Checkpoints(
-    workdir / 'checkpoints',
+    (mirror.folder if mirror else workdir) / 'checkpoints',
     {
       'rows': rows.digest(),
       'seed': config.seed,
@@ -298,6 +300,8 @@ def fit(
           # Also keeps a state that is not finite from being saved.
           metrics.flush()
           checkpoints.save(state)
+          if mirror and processes.is_first():
+            mirror.push()
         if stops and not last:
           raise errors.Preempted(
             f'Asked to stop (SIGTERM): step {step + 1} of {batches.num_steps} is saved in '
@@ -339,22 +343,23 @@ def run(
 
   Args:
     config: as configs/train.py makes it.
-    workdir: the run's folder.
+    workdir: the run's folder, also gs://BUCKET/FOLDER.
     base: an `agents.policy.Base` that is loaded already; None loads what the config names.
     score: of checkpoints, as `fit` takes it; the adapter is then that of the best one.
   """
   started = time.perf_counter()
-  workdir = pathlib.Path(workdir)
   check(config)
   examples, counts, fingerprints = load_data(config)
-  summary_path = workdir / 'summary.json'
+  mirror = workdir_lib.Mirror(workdir)
+  folder = mirror.local
+  summary_path = folder / 'summary.json'
 
   from agents.policy import load_base
   from models import decoder, registry, weights
   from training import packing, processes
 
   def finished() -> dict | None:
-    workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
+    workdir_lib.check_workdir(folder, config.to_dict(), free_keys=FREE_KEYS)
     return json.loads(summary_path.read_text()) if summary_path.exists() else None
 
   record = processes.by_first(finished)
@@ -388,7 +393,7 @@ def run(
       f'{min(len(e.tokens) for e in examples)} tokens.'
     )
   model = make_model(config, base, mesh)
-  state, record = fit(config, workdir, model, rows, mesh, score)
+  state, record = fit(config, folder, model, rows, mesh, score, mirror)
 
   # The adapter for others, and the record.
   adapter = processes.to_host(decoder.to_params(state.lora))
@@ -399,7 +404,7 @@ def run(
   }
   if processes.is_first():
     weights.export_peft(
-      workdir / 'adapter',
+      folder / 'adapter',
       base.config,
       model.lora_config,
       adapter,
@@ -407,6 +412,7 @@ def run(
       registry.HUGGING_FACE_IDS.get(config.model) or str(pathlib.Path(config.model).absolute()),
     )
     workdir_lib.write_json(summary_path, record)
+    mirror.push()
   return record
 
 

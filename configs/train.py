@@ -3,11 +3,17 @@
   python train.py --config=configs/train.py:data=runs/teacher --workdir=runs/distilled
 
 Writes to the workdir: config.json, metrics.jsonl, tensorboard/ (the same metrics as TensorBoard
-reads them), checkpoints/, adapter/ (a PEFT folder, for vLLM and `peft`) and summary.json. The same
-command again goes on from the newest checkpoint. With the defaults SmolLM2-135M on 2 CPU cores
-trains about 400 tokens a second, 1,000 episodes of 250 tokens in about 10 minutes. The setting of
-arXiv 2510.01375 is `rank=64,alpha=128,dropout=0.1,learning_rate=2e-4,loss_on=all,row_len=1024,
-batch_rows=2,grad_accum=4,seed=42`.
+reads them), checkpoints/, profile/ (where `profile_steps` asks for a trace), adapter/ (a PEFT
+folder, for vLLM and `peft`) and summary.json. The same command again goes on from the newest
+checkpoint; on SIGTERM a run saves one and exits with code 143. With `--workdir=gs://BUCKET/RUN`
+(pip install gcsfs) another machine can go on.
+
+Several processes train one adapter by the same command in each, with `--coordinator=auto` (a TPU
+pod slice, SLURM) or `--coordinator=HOST:PORT --num_processes=N --process_id=I`.
+
+With the defaults SmolLM2-135M on 2 CPU cores trains about 400 tokens a second, 1,000 episodes of
+250 tokens in about 10 minutes. The setting of arXiv 2510.01375 is `rank=64,alpha=128,dropout=0.1,
+learning_rate=2e-4,loss_on=all,row_len=1024,batch_rows=2,grad_accum=4,seed=42`.
 """
 
 from collections.abc import Mapping

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,69 @@ def open_workdir(
     raise errors.UserError(
       f'{workdir} cannot be written ({error.strerror or error}); free some space, or take another '
       '--workdir.') from error
+
+
+def is_remote(folder: str | os.PathLike) -> bool:
+  """Whether a folder is one of an object store, such as gs://BUCKET/FOLDER."""
+  return '://' in os.fspath(folder)
+
+
+class Mirror:
+  """The folder of a run, which may be one of an object store (gs://BUCKET/FOLDER).
+
+  Files of an object store cannot grow, so the run writes to a local folder, and `push` copies what
+  has changed since. A run that is started on another machine goes on with what was pushed.
+
+  Attributes:
+    local: where to write: the run's folder itself, or a new one for a remote folder.
+    folder: the run's folder, for what can write to an object store by itself.
+  """
+
+  _PULLED = ('config.json', 'metrics.jsonl', 'summary.json')
+
+  def __init__(self, folder: str | os.PathLike):
+    """Fetches what the folder holds of an earlier start.
+
+    Raises:
+      UserError: the object store cannot be read.
+    """
+    self._pushed: dict[pathlib.Path, tuple[int, int]] = {}
+    self._remote = is_remote(folder)
+    self.local = self.folder = pathlib.Path(folder)
+    if not self._remote:
+      return
+    self.local = pathlib.Path(tempfile.mkdtemp(prefix='hintsight-'))
+    try:
+      self.folder = _open_remote(os.fspath(folder))
+      for name in self._PULLED:
+        if (self.folder / name).exists():
+          (self.local / name).write_bytes((self.folder / name).read_bytes())
+    # The file systems of the object stores have no common class for "there is no access".
+    except Exception as error:
+      reason = ' '.join(str(error).split())[:160] or type(error).__name__
+      raise errors.UserError(
+        f'{folder} cannot be read ({reason}); install gcsfs for gs:// and sign in, or take a local '
+        '--workdir.') from error
+
+  def push(self) -> None:
+    """Copies the files that have changed to a remote folder; summary.json last."""
+    if not self._remote:
+      return
+    files = [path for path in self.local.rglob('*') if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.name == 'summary.json', path)):
+      stat = path.stat()
+      version = (stat.st_size, stat.st_mtime_ns)
+      if self._pushed.get(path) != version:
+        there = self.folder / path.relative_to(self.local).as_posix()
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(path.read_bytes())
+        self._pushed[path] = version
+
+
+def _open_remote(url: str):
+  from etils import epath
+
+  return epath.Path(url)
 
 
 class WallClock:

@@ -1,13 +1,12 @@
 """A grid of runs: expanded from a file, run here or on SLURM, and collected into one table.
 
-  python -m experiments.launch --sweep=sweep.json --workdir=runs/sweep -- \
-    train.py --config=configs/train.py:data=runs/teacher
+  python -m experiments.launch --sweep=sweep.json --workdir=runs/sweep -- PROGRAM FLAGS
 
 The file is JSON: `{"grid": {"seed": [0, 1, 2], "rank": [8, 16]}}` is six runs, a list of grids is
 the runs of all. A key is one of the config, or a flag where it begins with `--`; `"resources"` is
 what submitit asks of the machine: `{"nodes": 1, "tasks_per_node": 8, "gpus_per_node": 8,
 "timeout_min": 600, "slurm_partition": "gpu"}`. The program is a file (train.py, rollout.py) or a
-module (-m experiments.hint_distillation).
+module (-m experiments.hint_distillation), with all of its flags but --workdir.
 
 A run's folder is named by its values. The same command again runs what is not finished: the
 summaries of all that is are in table.csv, table.md and table.json.
@@ -260,6 +259,10 @@ def main(argv: list[str]) -> None:
   if given.machine not in ('here', 'slurm'):
     raise errors.UserError(
       f'--machine={given.machine} is not reached from here; --dry_run prints its commands.')
+  if workdir_lib.is_remote(given.workdir):
+    raise errors.UserError(
+      f'The table of a sweep is made in a local folder and not in {given.workdir}; --dry_run '
+      'prints the commands of its runs.')
   workdir = pathlib.Path(given.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   left = {name: line for name, line in runs.items()

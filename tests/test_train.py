@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 import train
 from agents import policy
 from configs import train as train_config
 from data import errors, trajectory
+from data import workdir as workdir_lib
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from models import decoder, registry, weights
@@ -293,6 +295,24 @@ def test_sigterm_ends_the_command_with_its_own_exit_code(rooms, tmp_path):
   assert process.returncode == errors.EXIT_PREEMPTED == 143
   assert 'start the same command again to go on' in said.splitlines()[-1]
   assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_goes_on_on_another_machine(rooms, finished, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    workdir_lib, '_open_remote', lambda url: epath.Path(tmp_path / url.removeprefix('gs://')))
+  config = train_config.make(values(rooms))
+  with pytest.raises(errors.Preempted):
+    train.run(config, 'gs://bucket/run', score=terminate_after(1))
+  assert train.run(config, 'gs://bucket/run')['resumed_at'] == 8
+  run, name = tmp_path / 'bucket' / 'run', pathlib.Path('adapter') / 'adapter_model.safetensors'
+  assert (run / name).read_bytes() == (finished[1] / name).read_bytes()
+  assert [line['step'] for line in read_metrics(run)] == [
+    line['step'] for line in read_metrics(finished[1])]
+  assert {p.name for p in run.iterdir()} >= {
+    'config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'adapter', 'summary.json'}
+  # It is found finished, too.
+  assert train.run(config, 'gs://bucket/run')['steps'] > 8
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from data.errors import UserError
+from data.workdir import is_remote
 from training import processes
 from training.step import TrainState
 
@@ -87,8 +88,7 @@ class Checkpoints:
       newest: how many of the newest are kept.
       best: how many of those with the highest scores are kept besides.
     """
-    remote = '://' in os.fspath(folder)
-    self.folder = epath.Path(folder if remote else pathlib.Path(folder).absolute())
+    self.folder = epath.Path(folder if is_remote(folder) else pathlib.Path(folder).absolute())
     self._identity, self._newest, self._best = identity, newest, best
     self.scores = {int(k): v for k, v in processes.by_first(self._read_scores).items()}
     self._manager = self._open()

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+from etils import epath
 
 from data import errors, workdir
 
@@ -57,3 +58,48 @@ def test_seconds_add_up_over_starts(tmp_path):
   assert workdir.WallClock(tmp_path, started=200.0, now=lambda: 205.0).seconds() == 35.0
   (tmp_path / 'wall_s.json').write_text('{}')
   assert workdir.WallClock(tmp_path, started=200.0, now=lambda: 205.0).seconds() == 5.0
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """gs://bucket as a folder of this disk, by the same library that reaches the real one."""
+  root = tmp_path / 'bucket'
+  root.mkdir()
+  monkeypatch.setattr(
+    workdir, '_open_remote', lambda url: epath.Path(root / url.removeprefix('gs://bucket/')))
+  return root
+
+
+def test_a_remote_folder_gets_what_has_changed(bucket):
+  mirror = workdir.Mirror('gs://bucket/run')
+  assert mirror.local.is_dir() and not mirror.local.is_relative_to(bucket)
+  (mirror.local / 'metrics.jsonl').write_text('1\n')
+  (mirror.local / 'adapter').mkdir()
+  (mirror.local / 'adapter' / 'weights').write_bytes(b'abc')
+  mirror.push()
+  assert (bucket / 'run' / 'adapter' / 'weights').read_bytes() == b'abc'
+  (bucket / 'run' / 'adapter' / 'weights').unlink()
+  (mirror.local / 'metrics.jsonl').write_text('1\n2\n')
+  mirror.push()
+  assert (bucket / 'run' / 'metrics.jsonl').read_text() == '1\n2\n'
+  assert not (bucket / 'run' / 'adapter' / 'weights').exists(), 'it had not changed'
+  # Another machine goes on.
+  again = workdir.Mirror('gs://bucket/run')
+  assert again.local != mirror.local
+  assert (again.local / 'metrics.jsonl').read_text() == '1\n2\n'
+
+
+def test_a_local_folder_is_its_own_mirror(tmp_path):
+  mirror = workdir.Mirror(tmp_path)
+  assert mirror.local == mirror.folder == tmp_path
+  mirror.push()
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_object_store_that_cannot_be_reached(monkeypatch):
+  def fail(url):
+    raise ImportError('Please install gcsfs')
+
+  monkeypatch.setattr(workdir, '_open_remote', fail)
+  with pytest.raises(errors.UserError, match=r'gs://bucket/run cannot be read .*gcsfs'):
+    workdir.Mirror('gs://bucket/run')

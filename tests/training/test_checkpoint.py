@@ -77,6 +77,20 @@ def test_checkpoint_of_another_run_is_named(tmp_path):
     restore(tmp_path, {'rows': 'xyz'})
 
 
+def test_an_adapter_of_another_rank_is_named_and_not_called_torn(tmp_path):
+  save(tmp_path, 10, identity={'model': 'tiny 2x64', 'rank': 4})
+  wide = make_state(0)._replace(lora={'a': jnp.zeros((3, 100)), 'b': jnp.zeros((3, 100))})
+  for identity, message in (
+    ({'model': 'tiny 2x64', 'rank': 8}, 'rank 4 -> 8'),
+    ({'model': 'small 4x64', 'rank': 4}, 'model tiny 2x64 -> small 4x64'),
+  ):
+    checkpoints = Checkpoints(tmp_path, identity)
+    with pytest.raises(UserError, match=message):
+      checkpoints.restore(wide, SHARDINGS)
+    checkpoints.close()
+  assert (tmp_path / '10').is_dir()
+
+
 def test_the_best_are_kept_besides_the_newest(tmp_path):
   checkpoints = Checkpoints(tmp_path, {'rows': 'abc'}, newest=2, best=2)
   for step, score in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.1), (5, None), (6, 0.3)):
