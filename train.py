@@ -59,11 +59,13 @@ def lora_config(config):
   return LoraConfig(config.rank, config.alpha, config.dropout, targets)
 
 
-def choose_mesh(config, architecture, lora=None):
-  """The mesh that the config names, or for 'auto' the one that `memory.choose_sizes` chooses.
+def choose_mesh(text: str, batch_rows: int, row_len: int, architecture, lora=None):
+  """The mesh of 'auto' (the best of `memory.plans`) or of sizes (`sharding.parse_sizes`).
 
   Args:
-    config: mesh, batch_rows and row_len.
+    text: of the config.
+    batch_rows: rows computed at a time.
+    row_len: tokens of a row.
     architecture: the `decoder.DecoderConfig` of what is trained.
     lora: its adapter's shape; None where there is none.
 
@@ -76,33 +78,35 @@ def choose_mesh(config, architecture, lora=None):
   from models import decoder, memory, sharding
   from training import processes
 
-  if config.mesh == 'auto':
-    choose = functools.partial(
-      memory.choose_sizes,
-      decoder.abstract(architecture, lora),
-      num_devices=jax.device_count(),
-      slices=sharding.count_slices(jax.devices()),
-      memory=memory.device_bytes(),
-      batch_rows=config.batch_rows,
-      row_len=config.row_len,
-    )
+  if text == 'auto':
+
+    def choose():
+      plan = memory.plans(
+        decoder.abstract(architecture, lora),
+        num_devices=jax.device_count(),
+        slices=sharding.count_slices(jax.devices()),
+        memory=memory.device_bytes(),
+        batch_rows=batch_rows,
+        row_len=row_len,
+      )[0]
+      return plan.sizes, str(plan)
+
     sizes, why = processes.by_first(choose)
     processes.say(why)
-    sizes = {'slices': sizes.pop('slice'), **sizes}
   else:
-    sizes = sharding.parse_sizes(config.mesh)
+    sizes = sharding.parse_sizes(text)
   mesh = sharding.make_mesh(**sizes)
   shards = sharding.batch_shards(mesh)
-  if config.batch_rows % shards:
+  if batch_rows % shards:
     raise errors.UserError(
-      f'batch_rows={config.batch_rows} does not divide into the {shards} slice, data and fsdp '
+      f'batch_rows={batch_rows} does not divide into the {shards} slice, data and fsdp '
       'shards of the mesh.'
     )
   if jax.process_count() > 1 and mesh.size != jax.device_count():
     raise errors.UserError(
       f'The mesh {dict(mesh.shape)} has {mesh.size} of the {jax.device_count()} devices of '
       f'{jax.process_count()} processes, which all have to be in it; give '
-      f'batch_rows={config.batch_rows} another size, or mesh=DATA,FSDP,TENSOR.'
+      f'batch_rows={batch_rows} another size, or mesh=DATA,FSDP,TENSOR.'
     )
   return mesh
 
@@ -169,7 +173,7 @@ def fit(
   """
   import jax
 
-  from models import decoder, memory, sharding
+  from models import cost, decoder, memory, sharding
   from training import optimizer as optimizer_lib
   from training import packing, processes, speed
   from training import remat as remat_lib
@@ -250,7 +254,7 @@ def fit(
   # What it will take.
   places = config.grad_accum * config.batch_rows * config.row_len
   loss_places = config.grad_accum * shards * batches.loss_budget
-  step_flops = speed.train_flops(
+  step_flops = cost.train_flops(
     model.config, model.lora_config, places, loss_places, config.row_len
   )
   rate = speed.product_rate(config.dtype)
@@ -377,7 +381,8 @@ def run(
       dtype=config.dtype,
       seed=config.seed,
     )
-  mesh = choose_mesh(config, base.config, lora_config(config))
+  mesh = choose_mesh(
+    config.mesh, config.batch_rows, config.row_len, base.config, lora_config(config))
   if fingerprints != {base.tokenizer.fingerprint}:
     raise errors.UserError(
       f'The episodes were tokenised by {", ".join(sorted(f[:12] for f in fingerprints))}, the '

@@ -17,6 +17,7 @@ from configs import rollout as rollout_config
 from data import trajectory
 from envs import base as envs_base
 from experiments import evaluation_rows
+from models import cost
 from models import lora as lora_lib
 from models.registry import count_params
 from retrieval import experience as experience_lib
@@ -88,7 +89,7 @@ class Costs:
   def train(self, part: str, episodes: int, mean: float, epochs: float) -> None:
     """Passes over episodes of `mean` tokens each."""
     tokens = round(episodes * mean * epochs)
-    flops = speed.train_flops(
+    flops = cost.train_flops(
       self._base.config, self._lora, tokens, tokens // 4, self._config.row_len)
     self._add(part, episodes, tokens, flops / (self._rate * speed.STEP_EFFICIENCY) / 60)
 

@@ -322,7 +322,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
 
   from models import decoder, weights
 
-  mesh = train.choose_mesh(config, architecture)
+  mesh = train.choose_mesh(config.mesh, config.batch_rows, config.row_len, architecture)
   model = initial_model(architecture, config.seed, mesh)
   num_params = sum(leaf.size for leaf in jax.tree.leaves(model.lora))
   print(f'{num_params / 1e6:.2f} million parameters, {tokenizer.vocab_size} tokens in the '

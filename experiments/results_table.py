@@ -4,7 +4,7 @@
   python -m experiments.results_table      # only writes the tables again
 
 No number of README.md and of experiments/results/README.md is copied by hand: what stands between
-their markers is generated here, and a test compares the two.
+their markers, and the plot, is generated here, and a test compares the two.
 """
 
 import datetime
@@ -18,6 +18,7 @@ from absl import flags
 
 from data import errors, summary
 from data import workdir as workdir_lib
+from experiments import aot_table
 
 _ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -206,6 +207,12 @@ def evidence() -> str:
     record = load(name)
     if record:
       section(title, single(record))
+  if record := aot_table.load():
+    section('Qwen2.5 on TPU slices, compiled ahead of time', aot_table.section(record))
+  from experiments.bench import cost_model  # Needs jax, which --help does not wait for.
+
+  if record := cost_model.load():
+    section('The cost model against a measured step', cost_model.section(record))
   return '\n\n'.join(parts)
 
 
@@ -220,8 +227,12 @@ def insert(page: str, table: str) -> str:
 
 def pages() -> dict[pathlib.Path, str]:
   """The pages as they have to be for the committed results."""
-  return {path: insert(path.read_text(), make()) for path, make in (
+  pages = {path: insert(path.read_text(), make()) for path, make in (
     (_ROOT / 'README.md', readme_table), (RESULTS / 'README.md', evidence))}
+  record = aot_table.load()
+  if record and aot_table.points(record['cells']):
+    pages[aot_table.PLOT] = aot_table.plot(record['cells'])
+  return pages
 
 
 def main(_) -> None:

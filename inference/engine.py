@@ -168,7 +168,7 @@ class Engine:
       sampling: the same for all slots.
       decode_steps: most tokens a slot samples in one decode dispatch.
       cache_dtype: None is the model's compute dtype.
-      mesh: of (data, fsdp, tensor): slots over data, key-value heads over tensor, where they
+      mesh: of `sharding.AXES`: slots over data, key-value heads over tensor, where they
         divide. The model must lie on the same mesh.
       seed: of the engine; with a request's seed and a token's index it keys every draw.
       block_len: tokens of a prefill block.

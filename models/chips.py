@@ -6,6 +6,7 @@ Sources:
 - J. Austin et al., "How to Scale Your Model", chapter "How to Think About TPUs"
   (jax-ml.github.io/scaling-book/tpus): bandwidth of one ICI link and direction, and of the data
   centre network (DCN) by chip.
+- NVIDIA's data sheets: dense bfloat16 FLOP/s of the SXM modules.
 - `program_bytes`: what the TPU compiler (libtpu 0.0.42.1) leaves to a program of the HBM; it names
   the number when it refuses one.
 """
@@ -21,6 +22,7 @@ class Chip:
 
   Attributes:
     name: as in a topology's name.
+    device_kind: as JAX names it.
     hbm_bytes: memory.
     program_bytes: of it, what a program may use.
     hbm_bandwidth: bytes/s.
@@ -31,6 +33,7 @@ class Chip:
   """
 
   name: str
+  device_kind: str
   hbm_bytes: int
   program_bytes: int
   hbm_bandwidth: float
@@ -46,11 +49,23 @@ class Chip:
 
 CHIPS = {
   chip.name: chip for chip in (
-    Chip('v4', 32 * GIB, int(30.75 * GIB), 1.2e12, 275e12, 4.5e10, 3, 6.25e9),
-    Chip('v5e', 16 * GIB, int(15.75 * GIB), 8.19e11, 197e12, 4.5e10, 2, 3.125e9),
-    Chip('v5p', 95 * GIB, int(95.74 * GIB), 2.765e12, 459e12, 9e10, 3, 6.25e9),
-    Chip('v6e', 32 * GIB, int(31.25 * GIB), 1.638e12, 918e12, 9e10, 2, 12.5e9),
+    Chip('v4', 'TPU v4', 32 * GIB, int(30.75 * GIB), 1.2e12, 275e12, 4.5e10, 3, 6.25e9),
+    Chip('v5e', 'TPU v5 lite', 16 * GIB, int(15.75 * GIB), 8.19e11, 197e12, 4.5e10, 2, 3.125e9),
+    Chip('v5p', 'TPU v5', 96 * GIB, int(95.74 * GIB), 2.765e12, 459e12, 9e10, 3, 6.25e9),
+    Chip('v6e', 'TPU v6 lite', 32 * GIB, int(31.25 * GIB), 1.638e12, 918e12, 9e10, 2, 12.5e9),
     # Two devices a chip: each has half of everything but its links.
-    Chip('tpu7x', 96 * GIB, int(94.75 * GIB), 3.69e12, 1153.5e12, 9e10, 3, 6.25e9),
+    Chip('tpu7x', 'TPU7x', 96 * GIB, int(94.75 * GIB), 3.69e12, 1153.5e12, 9e10, 3, 6.25e9),
   )
 }
+
+_GPUS = {
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """bfloat16 FLOP/s of a device as JAX names it; None where it is not known."""
+  return {chip.device_kind: chip.peak_flops for chip in CHIPS.values()}.get(
+    device_kind, _GPUS.get(device_kind))

@@ -4,6 +4,7 @@ Estimates from the architecture, before anything is compiled; the compiler has t
 (`training.remat`).
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -24,7 +25,7 @@ from models.lora import LoraConfig
 USABLE = 0.9
 
 # Tokens of a shard that the loss has in flight, `losses.frozen_head_cross_entropy`.
-_LOSS_TOKENS = 1024
+LOSS_TOKENS = 1024
 _CGROUP = pathlib.Path('/sys/fs/cgroup/memory.max')
 
 
@@ -63,14 +64,14 @@ def activation_bytes(
 
   The residual stream and all inputs of products are float32; keys, values and scaled queries have
   the dtype of the products. A frozen kernel's product keeps nothing, its adapter's the input;
-  attention keeps its output a second time, in its own layout.
+  attention keeps its output a second time.
   """
   heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
   width = 2 if config.dtype == 'bfloat16' else 4
   rank = lora.rank if lora is not None else 0
   # Of a place: what all devices of a tensor group hold, and what they share.
   block_input = 4 * config.embed_dim
-  attention = 4 * (config.embed_dim + 4 * rank), 8 * heads + width * (heads + 2 * kv_heads)
+  attention = 4 * (config.embed_dim + 4 * rank), 4 * heads + width * 2 * (heads + kv_heads)
   feed_forward = 4 * (config.embed_dim + 3 * rank), 4 * 3 * config.mlp_dim
   whole, split = block_input, 0
   if remat in ('none', 'mlp'):
@@ -84,12 +85,13 @@ def workspace_bytes(config: DecoderConfig, places: int, sizes: Mapping[str, int]
   """What is alive at one time besides: one block's inner numbers, its gathered kernels, logits."""
   tensor = sizes['tensor']
   block = 4 * places * (4 * config.embed_dim + 4 * config.mlp_dim // tensor)
-  logits = 2 * 4 * min(places, _LOSS_TOKENS) * config.vocab_size // tensor
+  logits = 2 * 4 * min(places, LOSS_TOKENS) * config.vocab_size // tensor
   gathered = 0
   if sizes['fsdp'] > 1:
     width = 2 if config.weight_dtype == 'bfloat16' else 4
     head = config.vocab_size * config.embed_dim
-    gathered = width * max(2 * 3 * config.embed_dim * config.mlp_dim, head) // tensor
+    # The head while the last blocks still run, and kernels of two blocks: one used, one on its way.
+    gathered = width * (head + 2 * 3 * config.embed_dim * config.mlp_dim) // tensor
   return max(block, logits) + gathered
 
 
@@ -132,7 +134,34 @@ def candidates(
   return found
 
 
-def choose_sizes(
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A mesh, and by the estimate what it needs.
+
+  Attributes:
+    sizes: of `sharding.AXES`.
+    remat: one of `decoder.REMAT`, the least that fits.
+    need: bytes of one device.
+    memory: bytes that there are.
+  """
+
+  sizes: dict[str, int]
+  remat: str
+  need: int
+  memory: int
+
+  @property
+  def fits(self) -> bool:
+    return self.need <= USABLE * self.memory
+
+  def __str__(self):
+    shown = ', '.join(f'{axis} {size}' for axis, size in self.sizes.items())
+    says = f'fits with remat={self.remat}' if self.fits else 'does not fit'
+    return (f'mesh of {shown}: {says} by the estimate, {self.need / 2**30:.2f} of '
+            f'{self.memory / 2**30:.2f} GiB a device')
+
+
+def plans(
   model: decoder.Model,
   *,
   num_devices: int,
@@ -140,12 +169,12 @@ def choose_sizes(
   memory: int,
   batch_rows: int,
   row_len: int,
-) -> tuple[dict[str, int], str]:
-  """The mesh for training: the most devices, the least communication that fits.
+) -> list[Plan]:
+  """Meshes for training, the best first: the most devices, the least communication that fits.
 
   Of the meshes that use the most devices, the one with the fewest `tensor` shards (which all-reduce
   activations in every block), then the least recomputation, then the fewest `fsdp` shards (which
-  gather the weights). Where by the estimate nothing fits, the mesh that takes the least.
+  gather the weights). Those that do not fit come last, by what they take.
 
   Args:
     model: may be abstract.
@@ -155,26 +184,21 @@ def choose_sizes(
     batch_rows: rows computed at a time, on all devices.
     row_len: tokens of a row.
 
-  Returns:
-    (sizes, why): sizes of `sharding.AXES`, and a sentence to show.
-
   Raises:
     UserError: the rows do not divide over the slices.
   """
   if batch_rows % slices:
     raise UserError(
       f'batch_rows={batch_rows} does not divide over {slices} slices; give a multiple of {slices}.')
-  plans = []
+
+  def order(plan: Plan):
+    devices, sizes = math.prod(plan.sizes.values()), plan.sizes
+    kept = decoder.REMAT.index(plan.remat)
+    return (0, -devices, sizes['tensor'], kept, sizes['fsdp']) if plan.fits else (1, plan.need)
+
+  found = []
   for sizes in candidates(model.config, num_devices, slices, batch_rows):
-    for cost, remat in enumerate(decoder.REMAT):
+    for remat in decoder.REMAT:
       need = sum(train_bytes(model, sizes, batch_rows, row_len, remat).values())
-      used = math.prod(sizes.values())
-      order = (-used, sizes['tensor'], cost, sizes['fsdp'])
-      plans.append((need > USABLE * memory, order if need <= USABLE * memory else (need,), sizes,
-                    remat, need))
-  over, _, sizes, remat, need = min(plans, key=lambda plan: plan[:2])
-  shown = ','.join(str(sizes[axis]) for axis in sharding.AXES)
-  says = 'does not fit by the estimate' if over else f'fits with remat={remat}'
-  return sizes, (
-    f'mesh {shown} ({", ".join(sharding.AXES)}): about {need / 2**30:.2f} of {memory / 2**30:.2f} '
-    f'GiB a device, {says}')
+      found.append(Plan(sizes, remat, need, memory))
+  return sorted(found, key=order)

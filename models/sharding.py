@@ -38,7 +38,7 @@ def count_slices(devices: Sequence) -> int:
 
 
 def make_mesh(
-  data: int = 1, fsdp: int = 1, tensor: int = 1, *, slices: int | None = None, devices=None
+  data: int = 1, fsdp: int = 1, tensor: int = 1, *, slice: int | None = None, devices=None
 ) -> Mesh:
   """A mesh with automatic axes.
 
@@ -46,7 +46,7 @@ def make_mesh(
     data: size of the axis, within a slice; one of the three may be -1, all devices that are left.
     fsdp: likewise.
     tensor: likewise.
-    slices: None is as many as the devices tell. Devices that tell of none are split in their order.
+    slice: None is as many as the devices tell. Devices that tell of none are split in their order.
     devices: None is all.
 
   Raises:
@@ -54,7 +54,7 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else list(devices)
   found = count_slices(devices)
-  slices = found if slices is None else slices
+  slices = found if slice is None else slice
   sizes = [data, fsdp, tensor]
   shown = ', '.join(f'{axis}={size}' for axis, size in zip(AXES, [slices, *sizes], strict=True))
   if slices < 1 or len(devices) % slices or found not in (1, slices):
@@ -72,15 +72,22 @@ def make_mesh(
     devices = sorted(devices, key=lambda device: device.slice_index)
   # Each slice by itself, so that its axes lie along its own links. jax.make_mesh defaults to
   # explicit axes, which logical rules do not go with.
-  parts = [
-    jax.make_mesh((1, *sizes), AXES, devices=devices[start : start + math.prod(sizes)]).devices
-    for start in range(0, len(devices), own)
-  ]
+  try:
+    parts = [
+      jax.make_mesh((1, *sizes), AXES, devices=devices[start : start + math.prod(sizes)]).devices
+      for start in range(0, len(devices), own)
+    ]
+  except AssertionError:
+    # A TPU's network has a shape; a part of a slice has to be a box.
+    raise UserError(
+      f'A mesh of {shown} takes {math.prod(sizes)} of the {own} chips of a slice, which form no '
+      'box; use all of them.'
+    ) from None
   return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_sizes(text: str) -> dict[str, int]:
-  """'DATA,FSDP,TENSOR' or 'SLICES,DATA,FSDP,TENSOR' as arguments of `make_mesh`.
+  """'DATA,FSDP,TENSOR' or 'SLICE,DATA,FSDP,TENSOR' as arguments of `make_mesh`.
 
   Raises:
     UserError: it is neither.
@@ -94,7 +101,7 @@ def parse_sizes(text: str) -> dict[str, int]:
       f'mesh={text!r}: give auto, three sizes data,fsdp,tensor, or four with the number of slices '
       'before them.'
     )
-  return dict(zip(('slices', 'data', 'fsdp', 'tensor')[-len(sizes):], sizes, strict=True))
+  return dict(zip(AXES[-len(sizes):], sizes, strict=True))
 
 
 def batch_shards(mesh) -> int:

@@ -15,7 +15,7 @@ class Feed:
 
     Args:
       batches: with as many shards as the mesh has places for rows.
-      mesh: of (data, fsdp, tensor); tensor's devices all get the same rows.
+      mesh: of `sharding.AXES`; tensor's devices all get the same rows.
     """
     self._batches = batches
     self._sharding = step_lib.batch_shardings(mesh)

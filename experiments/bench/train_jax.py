@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from models import decoder, registry, sharding, weights
+from models import cost, decoder, registry, sharding, weights
 from models.lora import LoraConfig
 from training import optimizer as optimizer_lib
 from training import packing, speed
@@ -59,7 +59,7 @@ def run(job: dict) -> dict:
   used = rows.segment_ids > 0
   # Causal attention within segments: a token at place p reads p + 1 keys.
   context = float((rows.positions[used] + 1).mean())
-  flops = speed.train_flops(
+  flops = cost.train_flops(
     model.config, model.lora_config, rows.num_tokens, rows.num_loss_tokens, context)
   warm = job['warm_steps']
   return {

@@ -330,12 +330,12 @@ def test_every_parameter_has_logical_axes():
 def test_mesh_sizes():
   shape = lambda *sizes, **options: tuple(sharding.make_mesh(*sizes, **options).shape.items())
   assert shape(-1, 2, 1) == (('slice', 1), ('data', 4), ('fsdp', 2), ('tensor', 1))
-  assert shape(1, -1, 2, slices=2) == (('slice', 2), ('data', 1), ('fsdp', 2), ('tensor', 2))
+  assert shape(1, -1, 2, slice=2) == (('slice', 2), ('data', 1), ('fsdp', 2), ('tensor', 2))
   for sizes, options, message in (
     ((16,), {}, '8 devices'),
     ((-1, 3), {}, 'fsdp=3, tensor=1 does not fit 8 devices'),
-    ((1, 8), {'slices': 2}, 'the 4 devices of a slice'),
-    ((1,), {'slices': 3}, 'slice=3'),
+    ((1, 8), {'slice': 2}, 'the 4 devices of a slice'),
+    ((1,), {'slice': 3}, 'slice=3'),
   ):
     with pytest.raises(UserError, match=message):
       sharding.make_mesh(*sizes, **options)

@@ -20,8 +20,8 @@ MODEL = decoder.abstract(registry.get_config('qwen25_7b', dtype='bfloat16'), LOR
 
 def choose(model=MODEL, **changes):
   options = {'num_devices': 8, 'slices': 1, 'memory': 80 * GIB, 'batch_rows': 8, 'row_len': 4096}
-  sizes, why = memory.choose_sizes(model, **{**options, **changes})
-  return tuple(sizes.values()), why
+  plan = memory.plans(model, **{**options, **changes})[0]
+  return tuple(plan.sizes.values()), str(plan)
 
 
 def test_the_mesh_follows_model_memory_devices_and_rows():
@@ -30,7 +30,7 @@ def test_the_mesh_follows_model_memory_devices_and_rows():
   assert choose(small)[0] == (1, 8, 1, 1)
   sizes, why = choose(memory=16 * GIB)
   assert sizes[0] == 1 and sizes[2] > 1 and sizes[3] == 1 and math.prod(sizes) == 8
-  assert 'remat=' in why and '16.00 GiB' in why
+  assert 'fits with remat=' in why and '16.00 GiB' in why
   # Fewer rows than devices: the rest splits the heads, as far as they divide.
   assert choose(batch_rows=2)[0][3] == 4
   assert choose(batch_rows=1)[0] == (1, 1, 1, 4)

@@ -1,0 +1,205 @@
+"""The real programs, lowered for TPUs that are not there: train step, prefill, decode.
+
+Everything is abstract: shapes with shardings on the devices of a topology that only the compiler
+knows. What is compiled is what `train.py` and `inference.engine` run.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from data.errors import UserError
+from inference import programs
+from inference.sampling import GREEDY
+from models import chips, decoder, memory, platform, sharding
+from models.kv_cache import KVCache
+from models.lora import LoraConfig
+from training import optimizer as optimizer_lib
+from training import step as step_lib
+
+LIBTPU = 'libtpu==0.0.42.1'
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Shapes of the programs.
+
+  Attributes:
+    batch_rows: of a train step, on all devices; 0 is one a device.
+    row_len: tokens of a row.
+    loss_share: of a row's tokens that have a loss.
+    rank: of the adapter.
+    remat: one of `decoder.REMAT`, or auto.
+    slots: conversations at a time, on all devices; 0 is 32 a data shard.
+    max_len: tokens a slot can hold; all of them are attended.
+    block_len: tokens of a prefill block.
+    blocks: prefill blocks at a time.
+    decode_steps: tokens a slot samples in one dispatch.
+  """
+
+  batch_rows: int = 0
+  row_len: int = 4096
+  loss_share: float = 0.25
+  rank: int = 64
+  remat: str = 'auto'
+  slots: int = 0
+  max_len: int = 4096
+  block_len: int = 128
+  blocks: int = 32
+  decode_steps: int = 8
+
+
+def find_devices(topology: str, slices: int):
+  """The devices of a topology, as its compiler describes them.
+
+  Raises:
+    UserError: libtpu is not installed, or knows no such topology.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError(
+      f"The TPU compiler is not installed; pip install '{LIBTPU}' (Linux, 165 MB, needs no TPU).")
+  kind = re.split('[:=_]', topology)[0]
+  if kind not in chips.CHIPS:
+    raise UserError(
+      f'--topology={topology}: there is no chip {kind!r}; there are {", ".join(chips.CHIPS)}, '
+      'as in v5e:8x8.')
+  # libtpu looks for a TPU, which one process may hold, and for the cloud's metadata.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
+  jax.config.update('jax_platforms', 'cpu')
+  options = {'num_slices': slices} if slices > 1 else {}
+  if kind == 'v4':
+    options['chip_config_name'] = 'megacore'  # A chip is one device, as on the machine.
+  try:
+    return topologies.get_topology_desc(
+      platform='tpu', topology_name=topology, **options).devices
+  except jax.errors.JaxRuntimeError as error:
+    says = str(error).splitlines()[0]
+    if not says.startswith(('INVALID_ARGUMENT', 'NOT_FOUND')):
+      raise
+    raise UserError(
+      f'--topology={topology} --slices={slices}: the TPU compiler knows none such ({says}); names '
+      'are like v5e:4x4 or v5p:4x4x4.') from None
+
+
+def with_shardings(shapes, shardings):
+  """Shapes that say where they lie; one sharding for all, or a tree of them."""
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: place(x, shardings), shapes)
+  return jax.tree.map(place, shapes, shardings)
+
+
+def lower_train(config, mesh, settings: Settings, remat: str):
+  """The step of training/step.py, lowered; bytes of its arguments by part, of one device."""
+  lora = LoraConfig(settings.rank, 2.0 * settings.rank)
+  model = decoder.abstract(config, lora)
+  schedule = optimizer_lib.make_schedule('constant', 2e-4, 1000, 0.1)
+  optimizer = optimizer_lib.make_optimizer(schedule, weight_decay=0.01, clip_norm=1.0)
+  state, shardings = step_lib.state_shardings(model, optimizer, mesh)
+  frozen = with_shardings(model.frozen, sharding.state_shardings(model.frozen, mesh))
+  rows, width, shards = settings.batch_rows, settings.row_len, sharding.batch_shards(mesh)
+  budget = max(round(rows * width * settings.loss_share / shards), 1)
+  ints = {'tokens': (1, rows, width), 'segment_ids': (1, rows, width),
+          'positions': (1, rows, width), 'loss_index': (1, shards, budget),
+          'loss_target': (1, shards, budget)}
+  batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()}
+  batch['loss_weight'] = jax.ShapeDtypeStruct((1, shards, budget), jnp.float32)
+  step = step_lib.make_train_step(
+    model, optimizer, schedule, shardings, mesh, seed=0, remat=remat)
+  with platform.compiling_for('tpu'), jax.set_mesh(mesh):
+    lowered = step.lower(
+      with_shardings(state, shardings), frozen, step_lib.batch_shapes(batch, mesh))
+  adapter = memory.shard_bytes(model.lora, mesh.shape)
+  return lowered, {
+    'weights': memory.shard_bytes(model.frozen, mesh.shape), 'adapter': adapter,
+    'optimizer': 2 * adapter}
+
+
+def lower_inference(config, mesh, settings: Settings, program: str):
+  """Prefill or decode of inference/programs.py, lowered; bytes of its arguments by part."""
+  model = decoder.abstract(config, unrolled=True)
+  spec = programs.Spec(
+    graphdef=model.graphdef, sampling=GREEDY, stop_ids=(0,), num_slots=settings.slots,
+    block_len=settings.block_len, decode_steps=settings.decode_steps, mesh=mesh)
+  slots, whole = spec.shardings()
+  with platform.compiling_for('tpu'):
+    cache = jax.eval_shape(
+      lambda: KVCache.init(config, settings.slots, settings.max_len, config.dtype))
+    state = jax.eval_shape(lambda: programs.SlotState.init(settings.slots, 0))
+    prefix = jax.eval_shape(lambda cache: cache.prefix(settings.max_len), cache)
+    params = tuple(
+      with_shardings(part, sharding.state_shardings(part, mesh))
+      for part in (model.lora, model.frozen))
+    cache, prefix = with_shardings((cache, prefix), slots)
+    state = with_shardings(state, whole)
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+    compiled = programs.compiled(spec)
+    if program == 'decode':
+      lowered = compiled.decode.lower(params, cache, prefix, state, ints())
+    else:
+      fields = settings.block_len + len(programs.BLOCK_FIELDS)
+      ends = min(settings.blocks, settings.slots)
+      lowered = compiled.prefill.lower(
+        params, cache, state, ints(settings.blocks, fields), ints(ends),
+        attend_len=settings.max_len)
+  held = kv_bytes(config, settings, mesh.shape)
+  parts = {'weights': memory.shard_bytes(model.frozen, mesh.shape), 'KV cache': held}
+  # Decoding reads a copy of the cache and writes to another one, `KVCache.prefix`.
+  return lowered, parts | ({'KV prefix': held} if program == 'decode' else {})
+
+
+def kv_bytes(config, settings: Settings, sizes) -> int:
+  """Keys and values of all slots on one device."""
+  width = 2 if config.dtype == 'bfloat16' else 4
+  slots = settings.slots // sizes['data'] if settings.slots % sizes['data'] == 0 else settings.slots
+  heads, tensor = config.num_kv_heads, sizes['tensor']
+  heads = heads // tensor if heads % tensor == 0 else heads
+  return 2 * config.num_layers * slots * heads * config.head_dim * settings.max_len * width
+
+
+def inference_plans(
+  config, num_devices: int, limit: int, settings: Settings, program: str
+) -> list[memory.Plan]:
+  """Meshes for inference, the best first: what fits with the fewest devices for one copy."""
+  model, found = decoder.abstract(config), []
+  for tensor in range(1, num_devices + 1):
+    if num_devices % tensor or config.num_kv_heads % tensor:
+      continue
+    for fsdp in (n for n in range(1, num_devices // tensor + 1) if num_devices // tensor % n == 0):
+      sizes = dict(zip(
+        sharding.AXES, (1, num_devices // tensor // fsdp, fsdp, tensor), strict=True))
+      own = dataclasses.replace(settings, slots=settings.slots or 32 * sizes['data'])
+      if own.slots % sizes['data']:
+        continue
+      copies = 2 if program == 'decode' else 1
+      need = (memory.shard_bytes(model.frozen, sizes) + copies * kv_bytes(config, own, sizes)
+              + 4 * 4 * own.slots * config.vocab_size // tensor)
+      found.append(memory.Plan(sizes, 'none', need, limit))
+  # Sharding over fsdp, too, sums partial products in every block: only where tensor does not do.
+  return sorted(found, key=lambda plan: (
+    not plan.fits, plan.sizes['fsdp'] if plan.fits else plan.need, plan.sizes['tensor']))
+
+
+def check_mesh(config, mesh_sizes, settings: Settings, program: str) -> None:
+  """Raises a UserError for rows or slots that the mesh does not divide."""
+  shards = math.prod(mesh_sizes[axis] for axis in sharding.RULES['batch'])
+  if program == 'train' and settings.batch_rows % shards:
+    raise UserError(
+      f'--batch_rows={settings.batch_rows} does not divide into the {shards} slice, data and fsdp '
+      'shards of the mesh.')
+  if program != 'train' and settings.slots % mesh_sizes['data']:
+    raise UserError(
+      f'--slots={settings.slots} does not divide into the {mesh_sizes["data"]} data shards.')
+  if config.num_kv_heads % mesh_sizes['tensor']:
+    raise UserError(
+      f'tensor={mesh_sizes["tensor"]} does not divide the {config.num_kv_heads} key-value heads of '
+      f'{config.name}.')
