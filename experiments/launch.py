@@ -263,6 +263,12 @@ def main(argv: list[str]) -> None:
     raise errors.UserError(
       f'The table of a sweep is made in a local folder and not in {given.workdir}; --dry_run '
       'prints the commands of its runs.')
+  if launch_recipes.processes(resources) > 1:
+    if given.machine == 'here':
+      raise errors.UserError(
+        'Several processes of a run find one another on SLURM (--machine=slurm); here one process '
+        'drives all devices: drop nodes and tasks_per_node.')
+    runs = {name: launch_recipes.together(line) for name, line in runs.items()}
   workdir = pathlib.Path(given.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   left = {name: line for name, line in runs.items()

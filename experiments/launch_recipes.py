@@ -17,7 +17,12 @@ def _shell(line: Sequence[str]) -> str:
   return ' '.join(part if part.startswith('.venv/') else shlex.quote(part) for part in line)
 
 
-def _together(line: Sequence[str]) -> list[str]:
+def processes(resources: Mapping) -> int:
+  """How many processes a run has on SLURM."""
+  return resources.get('nodes', 1) * resources.get('tasks_per_node', 1)
+
+
+def together(line: Sequence[str]) -> list[str]:
   """The command for one process of several, which find one another.
 
   Raises:
@@ -52,7 +57,7 @@ def slurm(runs: Mapping[str, Sequence[str]], resources: Mapping) -> str:
     'case $SLURM_ARRAY_TASK_ID in',
   ]
   for number, line in enumerate(runs.values()):
-    line = _together(line) if nodes * tasks > 1 else line
+    line = together(line) if processes(resources) > 1 else line
     lines.append(f'  {number}) srun {_shell(line)} ;;')
   lines.append('esac')
   return '\n'.join(lines)
@@ -81,7 +86,7 @@ def tpu(runs: Mapping[str, Sequence[str]], resources: Mapping) -> str:
     '# The workers share no disk, so --workdir is a bucket (pip install gcsfs on every worker):',
   ]
   for line in runs.values():
-    lines.append(every + shlex.quote(f'cd hintsight && {_shell(_together(line))}'))
+    lines.append(every + shlex.quote(f'cd hintsight && {_shell(together(line))}'))
   lines += ['# The slice costs until it is deleted:',
             'gcloud compute tpus tpu-vm delete NAME --zone=ZONE']
   return '\n'.join(lines)
@@ -93,7 +98,7 @@ def xpk(runs: Mapping[str, Sequence[str]], resources: Mapping) -> str:
   lines = ['pip install xpk',
            '# --workdir is a bucket; --script-dir is sent as it is, with the data in it:']
   for name, line in runs.items():
-    command = f'{_INSTALL.format(extra="tpu")} && {_shell(_together(line))}'
+    command = f'{_INSTALL.format(extra="tpu")} && {_shell(together(line))}'
     workload = ''.join(c if c.isalnum() else '-' for c in name.lower()).strip('-')[:38]
     lines.append(
       f'xpk workload create --cluster=CLUSTER --project=PROJECT --zone=ZONE '

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import train
 from configs import train as train_config
-from data.errors import UserError
+from data import errors
 from tests import test_train
 from training import processes
 
@@ -57,6 +57,11 @@ def largest_difference(folder, other):
   a, b = (safetensors.numpy.load_file(f / ADAPTER) for f in (folder, other))
   assert a.keys() == b.keys()
   return max(float(np.abs(a[name] - b[name]).max() / np.abs(b[name]).max()) for name in a)
+
+
+def steps_of(workdir):
+  path = workdir / 'metrics.jsonl'
+  return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.mark.parametrize('count,devices,mesh', [
@@ -117,6 +122,28 @@ def test_a_process_that_dies_ends_the_others(rooms, tmp_path, killed):
     assert code == 1 and 'start the same command again in every process' in err
 
 
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_behind_the_same_step(rooms, tmp_path):
+  workdir, changes = tmp_path / 'run', {'epochs': 60, 'batch_rows': 4, 'checkpoint_every': 50}
+  started = launch(rooms, workdir, 2, **changes)
+  deadline = time.time() + 300
+  while len(steps_of(workdir)) < 5:
+    assert started[0].poll() is None and time.time() < deadline
+    time.sleep(0.01)
+  started[1].send_signal(signal.SIGTERM)
+  ended = finish(started)
+  assert [code for code, _, _ in ended] == [errors.EXIT_PREEMPTED] * 2, ended
+  told = [re.search(r'step (\d+) of 180 is saved', err)[1] for _, _, err in ended]
+  assert told[0] == told[1] and (workdir / 'checkpoints' / told[0]).is_dir()
+  # One process with two devices goes on, and the result is that of a run that was never stopped.
+  config = train_config.make(test_train.values(rooms, mesh='2,1,1', **changes))
+  assert train.run(config, workdir)['resumed_at'] == int(told[0])
+  train.run(config, tmp_path / 'alone')
+  np.testing.assert_allclose(
+    [line['loss'] for line in test_train.read_metrics(workdir)],
+    [line['loss'] for line in test_train.read_metrics(tmp_path / 'alone')], rtol=1e-4)
+
+
 @pytest.mark.parametrize('given,message', [
   (('', 2, 0), 'need --coordinator'),
   (('localhost', 2, 0), 'HOST:PORT'),
@@ -128,5 +155,5 @@ def test_flags_that_do_not_go_together(given, message, monkeypatch):
     raise ValueError('coordinator_address should be defined.')
 
   monkeypatch.setattr(jax.distributed, 'initialize', no_cluster)
-  with pytest.raises(UserError, match=message), processes.joined(*given):
+  with pytest.raises(errors.UserError, match=message), processes.joined(*given):
     pass

@@ -10,7 +10,9 @@ import pytest
 
 from data.errors import UserError
 from experiments import launch, launch_recipes
+from tests import test_train
 
+rooms = test_train.rooms  # the fixture
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TRAIN = ['train.py', '--config=configs/train.py:data=runs/teacher']
 # Stands for a program: writes the summary of a run, or fails where it is told to.
@@ -209,6 +211,33 @@ def test_other_programs_have_one_process():
   assert 'rollout.py' in launch_recipes.gpus(runs, {})
   with pytest.raises(UserError, match=r'with train\.py alone'):
     launch_recipes.tpu(runs, {})
+
+
+def test_several_processes_need_a_cluster(tmp_path):
+  path = sweep_file(tmp_path, {'grid': {'seed': [0]}, 'resources': {'tasks_per_node': 8}})
+  done = launched(f'--sweep={path}', f'--workdir={tmp_path / "runs"}', '--', *TRAIN)
+  assert done.returncode == 1 and 'drop nodes and tasks_per_node' in done.stderr
+  done = launched(f'--sweep={path}', '--workdir=gs://bucket/runs', '--', *TRAIN)
+  assert done.returncode == 1 and 'a local folder and not in gs://bucket/runs' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_trainings(rooms, tmp_path):
+  pytest.importorskip('submitit')
+  values = test_train.values(rooms, epochs=1, mesh='1,1,1')
+  del values['rank']
+  argument = ','.join(f'{key}={value}' for key, value in values.items())
+  path = sweep_file(tmp_path, {'grid': {'seed': [0, 1], 'rank': [2]}})
+  line = [f'--sweep={path}', f'--workdir={tmp_path / "runs"}', '--', 'train.py',
+          f'--config=configs/train.py:{argument}']
+  done = launched(*line)
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((tmp_path / 'runs' / 'table.json').read_text())['rows']
+  assert [(row['run'], row['seed'], row['rank']) for row in rows] == [
+    ('rank-2_seed-0', 0, 2), ('rank-2_seed-1', 1, 2)]
+  assert rows[0]['loss'] != rows[1]['loss'] and rows[0]['steps'] > 0
+  for row in rows:
+    assert (tmp_path / 'runs' / row['run'] / 'adapter' / 'adapter_config.json').exists()
 
 
 def test_a_dry_run_prints_and_writes_nothing(tmp_path):
