@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ import safetensors.numpy
 import train
 from configs import train as train_config
 from data import errors
+from data.tokenizer import Tokenizer
+from models import decoder, registry, weights
 from tests import test_train
 from training import processes
 
@@ -59,6 +62,15 @@ def largest_difference(folder, other):
   return max(float(np.abs(a[name] - b[name]).max() / np.abs(b[name]).max()) for name in a)
 
 
+def model_folder(rooms, folder):
+  shutil.copytree(rooms / 'tokenizer', folder)
+  vocab_size = Tokenizer.load(folder).vocab_size
+  config = registry.shrink(registry.get_config('smollm2_135m'), vocab_size=vocab_size)
+  params = decoder.to_params(decoder.create(config, seed=3).frozen)
+  weights.export_pretrained(folder, config, jax.device_get(params))
+  return str(folder)
+
+
 def steps_of(workdir):
   path = workdir / 'metrics.jsonl'
   return path.read_text().splitlines() if path.exists() else []
@@ -72,6 +84,9 @@ def steps_of(workdir):
 ])
 def test_several_processes_train_what_one_does(rooms, tmp_path, count, devices, mesh):
   changes = {'epochs': 3, 'batch_rows': 4, 'mesh': mesh}
+  if mesh == '1,2,2':
+    # Weights of a folder, of which each process reads its own half.
+    changes |= {'model': model_folder(rooms, tmp_path / 'model'), 'base': '', 'shrink': False}
   started = launch(rooms, tmp_path / 'run', count, devices, **changes)
   alone = tmp_path / 'alone'
   train.run(train_config.make(test_train.values(rooms, **changes)), alone)
