@@ -166,7 +166,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
     if base is None:
       base = policy_lib.load_base(
         config.model, config.base, tokenizer=config.tokenizer, shrink=config.shrink,
-        dtype=config.dtype, seed=config.seed)
+        dtype=config.dtype, base_quantization=config.base_quantization, seed=config.seed)
     if config.max_context > base.config.max_position:
       raise errors.UserError(
         f'max_context={config.max_context} is more than the {base.config.max_position} positions '

@@ -379,6 +379,7 @@ def run(
       tokenizer=config.tokenizer,
       shrink=config.shrink,
       dtype=config.dtype,
+      base_quantization=config.base_quantization,
       seed=config.seed,
     )
   mesh = choose_mesh(

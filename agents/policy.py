@@ -88,7 +88,7 @@ def check_adapter(folder: str) -> None:
 
 def load_base(
   model: str, base: str = '', *, tokenizer: str = '', shrink: bool = False,
-  dtype: str = 'float32', seed: int = 0,
+  dtype: str = 'float32', base_quantization: str = 'none', seed: int = 0,
 ) -> Base:
   """Loads weights and tokenizer.
 
@@ -99,6 +99,7 @@ def load_base(
     tokenizer: path of a tokenizer; '' is that of the weights, for random ones SmolLM2's.
     shrink: a tiny model of the same family with random weights, for tests and dry runs.
     dtype: of the products, 'float32' or 'bfloat16'.
+    base_quantization: how the frozen kernels are kept, see `models.quantise`.
     seed: of random weights.
 
   Raises:
@@ -114,7 +115,7 @@ def load_base(
     if not named:
       raise errors.UserError(f'base=random needs a model by name, not the path {model}.')
     read = Tokenizer.load(tokenizer or pretrained.fetch('smollm2_135m'))
-    config = registry.get_config(model, dtype=dtype)
+    config = registry.get_config(model, dtype=dtype, base_quantization=base_quantization)
     if shrink:
       config = registry.shrink(config, vocab_size=read.vocab_size)
     _check_vocabulary(config, read)
@@ -129,7 +130,7 @@ def load_base(
   config, params = weights.load_pretrained(path, dtype)
   if named:
     _check_shape(config, registry.get_config(model), path)
-  config = dataclasses.replace(config, dtype=dtype)
+  config = dataclasses.replace(config, dtype=dtype, base_quantization=base_quantization)
   read = Tokenizer.load(tokenizer or path)
   _check_vocabulary(config, read)
   return Base(model if named else config.name, config, read, params, seed)

@@ -24,6 +24,7 @@ DEFAULTS = dict(
   shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
   policy='',  # name in the record; '' is 'expert', 'adapter' or 'base'
   dtype='float32',  # or bfloat16
+  base_quantization='none',  # as the adapter was trained: none, int8, int4, nf4
   # The tasks.
   env='household',
   data='generated',  # 'generated', or the folder of the real games

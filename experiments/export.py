@@ -6,7 +6,8 @@
 and writes a whole Hugging Face folder (safetensors, config, tokenizer, chat template); hf writes a
 folder of the base alone, which also turns a GGUF file into one. Gemma 3 and Ministral 3 are
 published as models that read images too: an adapter for them fits the whole model, the folder of a
-merged one is the text model.
+merged one is the text model. An adapter that was trained on a quantised base is folded into what
+the codes of that base stand for, in full precision: the model that was trained.
 """
 
 import dataclasses
@@ -31,12 +32,14 @@ class Source:
     base: path of the weights; '' is the path given as `model`, or the published ones.
     adapter: PEFT folder; '' is none.
     tokenizer: path of another tokenizer; '' is that of the weights.
+    base_quantization: how the base was kept when the adapter was trained.
   """
 
   model: str
   base: str = ''
   adapter: str = ''
   tokenizer: str = ''
+  base_quantization: str = 'none'
 
 
 def from_run(workdir: str | pathlib.Path) -> Source:
@@ -48,7 +51,9 @@ def from_run(workdir: str | pathlib.Path) -> Source:
   workdir = pathlib.Path(workdir)
   try:
     config = json.loads((workdir / 'config.json').read_text())
-    source = Source(config['model'], config['base'], str(workdir / 'adapter'), config['tokenizer'])
+    source = Source(
+      config['model'], config['base'], str(workdir / 'adapter'), config['tokenizer'],
+      config.get('base_quantization', 'none'))
   except (OSError, ValueError, KeyError, TypeError):
     raise errors.UserError(f'{workdir} holds no run of train.py; give its --workdir.') from None
   if not (workdir / 'adapter' / 'adapter_config.json').is_file():
@@ -144,7 +149,10 @@ def export(
       f'The weights of {source.model} cannot be downloaded here; give --base=FOLDER with them.')
   # A whole model is read in the dtype in which it is folded; what is written is cast at the end.
   config, params = weights.load_pretrained(path, 'float32')
-  adapter = weights.load_peft(source.adapter, config) if kind == 'merged' else None
+  adapter = None
+  if kind == 'merged':
+    adapter = weights.load_peft(source.adapter, config)
+    config = dataclasses.replace(config, base_quantization=source.base_quantization)
   weights.export_pretrained(
     out, config, params, adapter=adapter, dtype=dtype, max_shard_bytes=max_shard_bytes)
   tokenizer.export(source.tokenizer or path, out)
@@ -156,7 +164,7 @@ def main(_) -> None:
   if f.workdir:
     source = from_run(f.workdir)
   elif f.model:
-    source = Source(f.model, f.base, f.adapter, f.tokenizer)
+    source = Source(f.model, f.base, f.adapter, f.tokenizer, f.base_quantization)
   else:
     raise errors.UserError('Give --workdir of a finished train.py, or --model and --adapter.')
   size = parse_bytes(f.max_shard_size)
@@ -173,6 +181,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('base', '', 'Its weights, a Hugging Face folder or a .gguf file.')
   flags.DEFINE_string('adapter', '', 'PEFT folder.')
   flags.DEFINE_string('tokenizer', '', 'Another tokenizer than that of the weights.')
+  flags.DEFINE_string('base_quantization', 'none', 'How the base was kept in training.')
   flags.DEFINE_string('dtype', 'bfloat16', 'Of a whole model, or float32.')
   flags.DEFINE_string('max_shard_size', '5GB', 'Of one file of a whole model.')
   flags.DEFINE_string('base_name', '', 'What the adapter names as base, if not the published id.')

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from data.errors import UserError
-from models import kv_cache, rope, sharding
+from models import kv_cache, quantise, rope, sharding
 from models.attention import attention, cached_attention, decode_attention
 from models.families import DecoderConfig
 from models.kv_cache import KVCache
@@ -47,7 +47,9 @@ class Attention(nnx.Module):
 
     def linear(name, in_dim, out_dim, axes, bias):
       own = lora if lora is not None and name in lora.targets else None
-      return Linear(in_dim, out_dim, axes, config=config, lora=own, bias=bias, rngs=rngs)
+      return Linear(
+        in_dim, out_dim, axes, config=config, lora=own, bias=bias,
+        quantization=config.base_quantization, rngs=rngs)  # fmt: skip
 
     bias = config.qkv_bias
     self.q = linear('q', config.embed_dim, width, ('embed', 'heads'), bias)
@@ -81,7 +83,9 @@ class Mlp(nnx.Module):
   def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
     def linear(name, in_dim, out_dim, axes):
       own = lora if lora is not None and name in lora.targets else None
-      return Linear(in_dim, out_dim, axes, config=config, lora=own, rngs=rngs)
+      return Linear(
+        in_dim, out_dim, axes, config=config, lora=own, quantization=config.base_quantization,
+        rngs=rngs)  # fmt: skip
 
     self.gate = linear('gate', config.embed_dim, config.mlp_dim, ('embed', 'mlp'))
     self.up = linear('up', config.embed_dim, config.mlp_dim, ('embed', 'mlp'))
@@ -239,6 +243,8 @@ def from_params(
     UserError: a name is missing or unknown, or a shape differs.
   """
   model = abstract(config, lora)
+  if config.base_quantization != 'none':
+    params = quantise.params_quantised(params, config.base_quantization)
   wanted = dict(_flat(model.lora)) | dict(_flat(model.frozen))
   lora_names = {name for name, _ in _flat(model.lora)}
   given_lora = lora_names & set(params)
@@ -291,15 +297,21 @@ def to_params(state: nnx.State) -> dict[str, jax.Array]:
 
 
 def merge_lora(model: Model) -> Model:
-  """Folds the adapter into the kernels: W + A B alpha / R, in float32, kept in W's dtype."""
-  if model.lora_config is None:
+  """Folds the adapter into the kernels: W + A B alpha / R, in float32, kept in W's dtype.
+
+  Of a quantised base W is what its codes stand for, and the result is not quantised.
+  """
+  config = dataclasses.replace(model.config, base_quantization='none')
+  if model.lora_config is None and config == model.config:
     return model
   params, adapter = to_params(model.frozen), to_params(model.lora)
-  scale = model.lora_config.scale
+  if config != model.config:
+    params = quantise.params_dequantised(
+      params, model.config.base_quantization, config.weight_dtype)
 
   @jax.jit
   def fold(kernel, a, b):
-    delta = jnp.einsum('lir,lro->lio', a, b, precision='highest') * scale
+    delta = jnp.einsum('lir,lro->lio', a, b, precision='highest') * model.lora_config.scale
     return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
 
   for name in [n for n in adapter if n.endswith('.lora_a')]:
@@ -307,9 +319,9 @@ def merge_lora(model: Model) -> Model:
     params[f'{base}.kernel'] = fold(
       params[f'{base}.kernel'], adapter[name], adapter[f'{base}.lora_b']
     )
-  plain = abstract(model.config)
+  plain = abstract(config)
   frozen = _map_flat(lambda name, variable: variable.replace(params[name]), plain.frozen)
-  return Model(model.config, None, plain.graphdef, plain.lora, frozen)
+  return Model(config, None, plain.graphdef, plain.lora, frozen)
 
 
 def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from models.rope import Scaling
 
 FAMILIES = ('llama', 'qwen2', 'qwen3', 'gemma3', 'ministral3')
 ACTIVATIONS = ('silu', 'gelu_tanh')
+QUANTIZATIONS = ('none', 'int8', 'int4', 'nf4')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DecoderConfig:
       softmax are float32 either way.
     param_dtype: in which the kernels are kept when dtype is 'float32'; with 'bfloat16' they are
       bfloat16. Norms, biases and adapters are always float32.
+    base_quantization: one of QUANTIZATIONS (see `models.quantise`), how the kernels of the blocks
+      are kept; they are dequantised to `dtype` in each product.
     frozen: training changes an adapter only. False trains all parameters, kept in float32 (an
       update is often too small for bfloat16).
   """
@@ -68,6 +71,7 @@ class DecoderConfig:
   max_position: int = 32768
   dtype: str = 'float32'
   param_dtype: str = 'float32'
+  base_quantization: str = 'none'
   frozen: bool = True
 
   def __post_init__(self):
@@ -78,6 +82,11 @@ class DecoderConfig:
         raise UserError(f'{field}={getattr(self, field)!r}: choose float32 or bfloat16.')
     if self.activation not in ACTIVATIONS:
       raise UserError(f'activation={self.activation!r}: choose from {", ".join(ACTIVATIONS)}.')
+    if self.base_quantization not in QUANTIZATIONS:
+      raise UserError(
+        f'base_quantization={self.base_quantization!r}: choose from {", ".join(QUANTIZATIONS)}.')
+    if self.base_quantization != 'none' and not self.frozen:
+      raise UserError('A base whose parameters are all trained cannot be quantised.')
     if self.num_heads % self.num_kv_heads:
       raise UserError(
         f'{self.num_heads} query heads do not divide into {self.num_kv_heads} key-value heads.'

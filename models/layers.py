@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import lora as lora_lib
-from models import platform
+from models import platform, quantise
 
 
 def to_bits(x: jax.Array) -> jax.Array:
@@ -110,6 +110,34 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: str, *, frozen: bool) -> jax.
   return _fast_product(x, kernel, frozen)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def quantised_matmul(
+  x: jax.Array, codes: jax.Array, scale: jax.Array, kind: str, dtype: str
+) -> jax.Array:
+  """`matmul` with a frozen kernel that is kept as `quantise.quantise` gives it.
+
+  The kernel is made in each direction anew, so that a scan over layers keeps the codes alone.
+  """
+  kernel = quantise.dequantise(codes, from_bits(scale), kind).astype(dtype)
+  return matmul(x, kernel, dtype, frozen=True)
+
+
+def _quantised_matmul_fwd(x, codes, scale, kind, dtype):
+  return quantised_matmul(x, codes, scale, kind, dtype), (codes, scale)
+
+
+def _quantised_matmul_bwd(kind, dtype, residuals, grad):
+  codes, scale = residuals
+  kernel = quantise.dequantise(codes, from_bits(scale), kind).astype(dtype)
+  contract_out = (((grad.ndim - 1,), (1,)), ((), ()))
+  dx = jax.lax.dot_general(
+    grad.astype(dtype), kernel, contract_out, preferred_element_type=jnp.float32)
+  return dx, None, None
+
+
+quantised_matmul.defvjp(_quantised_matmul_fwd, _quantised_matmul_bwd)
+
+
 def matmul_transposed(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
   """x [..., in] times the transpose of kernel [out, in] -> float32 [..., out]; no gradient rule.
 
@@ -141,12 +169,18 @@ class Linear(nnx.Module):
     config,
     lora: lora_lib.LoraConfig | None,
     bias: bool = False,
+    quantization: str = 'none',
     rngs: nnx.Rngs,
   ):
     self.dtype, self.frozen = config.dtype, config.frozen
-    self.lora = lora
+    self.lora, self.quantization = lora, quantization
     kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * in_dim**-0.5
-    self.kernel = nnx.Param(kernel.astype(config.weight_dtype), out_sharding=axes)
+    if quantization == 'none':
+      self.kernel = nnx.Param(kernel.astype(config.weight_dtype), out_sharding=axes)
+    else:
+      codes, scale = quantise.quantise(kernel, quantization)
+      self.kernel = nnx.Param(codes, out_sharding=axes)
+      self.kernel_scale = nnx.Param(scale, out_sharding=axes)
     self.bias = nnx.Param(jnp.zeros((out_dim,)), out_sharding=axes[1:]) if bias else None
     if lora is not None:
       lora_a = lora_lib.init_lora_a(rngs.params(), in_dim, lora.rank)
@@ -155,7 +189,12 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array, adapter_x: jax.Array | None = None) -> jax.Array:
     """float32 [..., in] -> float32 [..., out]; `adapter_x` is x after the adapter's dropout."""
-    y = matmul(x, self.kernel.get_value(), self.dtype, frozen=self.frozen)
+    kernel = self.kernel.get_value()
+    if self.quantization == 'none':
+      y = matmul(x, kernel, self.dtype, frozen=self.frozen)
+    else:
+      scale = self.kernel_scale.get_value()
+      y = quantised_matmul(x, kernel, scale, self.quantization, self.dtype)
     if self.bias is not None:
       y += self.bias.get_value()
     if self.lora is not None:

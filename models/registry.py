@@ -206,4 +206,5 @@ def shrink(
 
 def count_params(config: DecoderConfig) -> int:
   """Frozen parameters, a tied head counted once, as `transformers` counts them."""
+  config = dataclasses.replace(config, base_quantization='none')
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.abstract(config).frozen))

@@ -153,16 +153,18 @@ def put(value, sharding: NamedSharding | None, dtype) -> jax.Array:
 
   Args:
     value: a host array, of which every process gives the whole; a device array; or a
-      `stored.Parameter`, of which a process reads what its own devices hold, one layer at a time.
+      `stored.Parameter`, of which a process reads what its own devices hold, one layer at a time;
+      or `stored.Layers`, likewise.
     sharding: None is the default device.
     dtype: of the result.
   """
   if isinstance(value, jax.Array):
     value = value.astype(dtype)
     return value if sharding is None else jax.device_put(value, sharding)
-  if not isinstance(value, stored.Parameter):
+  in_parts = isinstance(value, (stored.Parameter, stored.Layers))
+  if not in_parts:
     value = np.asarray(value).astype(dtype, copy=False)
-  if not isinstance(value, stored.Parameter) or not value.stacked:
+  if not in_parts or not value.stacked:
     return _put_parts(value, sharding, dtype)
   # The host never holds more than a layer: each is written into the stack on the devices.
   each = sharding

@@ -136,3 +136,22 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
   def __array_ufunc__(self, ufunc, method, *inputs, **options):
     inputs = [np.asarray(x) if isinstance(x, Parameter) else x for x in inputs]
     return getattr(ufunc, method)(*inputs, **options)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers:
+  """A stacked parameter whose layers are made when they are asked for.
+
+  Attributes:
+    shape: with the layers in front.
+    dtype: of the layers.
+    make: layer number -> array.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  make: Callable[[int], np.ndarray]
+  stacked = True
+
+  def layer(self, number: int) -> np.ndarray:
+    return self.make(number)

@@ -23,7 +23,7 @@ import safetensors.numpy
 from data import model_folder
 from data.errors import UserError
 from data.gguf import GGUFFile
-from models import decoder, hf_config, stored
+from models import decoder, hf_config, quantise, stored
 from models.families import DecoderConfig
 from models.lora import LoraConfig
 from models.rope import RopeScaling
@@ -327,7 +327,8 @@ def export_pretrained(
     folder: made if missing. Its weights and config are replaced file by file, each atomically, the
       config last; shards of an earlier export that are left over are removed.
     config: the architecture.
-    params: flat name -> array of all its parameters.
+    params: flat name -> array of all its parameters. Where the config says that the base is
+      quantised, what is written is what the codes of these kernels stand for.
     adapter: shape and arrays of one that is folded in, W + A B alpha / R in float32.
     dtype: in which all tensors are written, 'float32' or 'bfloat16'; None keeps their own.
     max_shard_bytes: a file holds at most so many bytes of tensors, or one tensor.
@@ -344,6 +345,10 @@ def export_pretrained(
       index[0] = slice(layer, layer + 1)
     array = np.asarray(value[tuple(index)])
     array = array if layer is None else array[0]
+    if config.base_quantization != 'none' and quantise.names([flat]):
+      codes = quantise.quantise_layer(array, config.base_quantization)
+      wide = quantise.dequantise_layer(*codes, config.base_quantization)
+      array = np.asarray(wide).astype(array.dtype)
     a = lora_params.get(f'{flat.removesuffix(".kernel")}.lora_a')
     if a is not None:
       a = np.asarray(a[layer], np.float32)

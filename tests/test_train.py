@@ -206,6 +206,34 @@ def test_continues_an_adapter_of_the_same_shape_only(rooms, finished, tmp_path):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['int8', 'nf4'])
+def test_a_quantised_base_trains_plays_and_is_exported(rooms, tmp_path, kind):
+  from experiments import export
+
+  folder = tmp_path / 'base'
+  shutil.copytree(rooms / 'tokenizer', folder)
+  config = registry.shrink(registry.get_config('qwen3_4b'), vocab_size=_vocab(rooms))
+  params = {k: np.asarray(v) for k, v in decoder.to_params(decoder.create(config).frozen).items()}
+  weights.export_pretrained(folder, config, params)
+  given = values(
+    rooms, model=str(folder), base='', shrink=False, epochs=3, base_quantization=kind)
+  record = train.run(train_config.make(given), tmp_path / 'run')
+  assert np.isfinite(record['loss'])
+  adapter = safetensors.numpy.load_file(tmp_path / 'run/adapter/adapter_model.safetensors')
+  assert all(array.dtype == np.float32 for array in adapter.values())
+  base = policy.load_base(str(folder), base_quantization=kind)
+  played = base.model(str(tmp_path / 'run/adapter'))
+  source = export.from_run(tmp_path / 'run')
+  assert source.base_quantization == kind
+  export.export('merged', source, tmp_path / 'merged', dtype='float32')
+  merged_config, merged = weights.load_pretrained(tmp_path / 'merged')
+  want = decoder.to_params(decoder.merge_lora(played).frozen)
+  assert merged_config.base_quantization == 'none'
+  for name, array in merged.items():
+    np.testing.assert_allclose(np.asarray(array), want[name], atol=1e-6)
+
+
 def test_peft_opens_the_trained_adapter_by_itself(rooms, tmp_path):
   peft, torch = pytest.importorskip('peft'), pytest.importorskip('torch')
   # A model of one's own, with biases on q, k and v.
