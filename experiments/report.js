@@ -374,13 +374,16 @@
   byId('game-choice').addEventListener('change', (event) => choose(Number(event.target.value)));
   byId('game-before').addEventListener('click', () => go(-1));
   byId('game-next').addEventListener('click', () => go(1));
-  byId('hint-filter').addEventListener('input', function (event) {
-    const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
-    document.querySelectorAll('.hints > li').forEach(function (item) {
-      const text = item.firstElementChild.textContent.toLowerCase();
-      item.hidden = !words.every((word) => text.includes(word));
+  // Only a page with a bank of hints has the field.
+  if (byId('hint-filter')) {
+    byId('hint-filter').addEventListener('input', function (event) {
+      const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
+      document.querySelectorAll('.hints > li').forEach(function (item) {
+        const text = item.firstElementChild.textContent.toLowerCase();
+        item.hidden = !words.every((word) => text.includes(word));
+      });
     });
-  });
+  }
 
   // The first game to see is one that tells the story: the student learnt what base cannot do.
   const telling = [

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 import tokenizers
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from data import model_folder
 from data.errors import UserError
@@ -150,11 +151,17 @@ class Encoder:
     state: nnx.State,
     tokenizer: tokenizers.Tokenizer,
     fingerprint: str,
+    mesh: jax.sharding.Mesh | None = None,
   ):
     """Use `load_encoder`."""
     self.config, self.graphdef, self.state = config, graphdef, state
     self.dim = config.embed_dim
     self.fingerprint = fingerprint
+    self._mesh = mesh
+    if mesh is not None:
+      # Small weights: whole on every device, the rows of a batch over them.
+      whole = NamedSharding(mesh, PartitionSpec())
+      self.state = jax.device_put(state, whole)
     self._tokenizer = tokenizer
     self._cls, self._sep = tokenizer.token_to_id('[CLS]'), tokenizer.token_to_id('[SEP]')
 
@@ -198,20 +205,28 @@ class Encoder:
   def _run(self, group, length: int, batch: int) -> np.ndarray:
     """Sums of hidden states, float32 [len(group), D], from a padded program."""
     rows = next((r for r in (1, _FEW_ROWS) if len(group) <= r < batch), batch)
+    if self._mesh is not None:
+      rows = -(-rows // self._mesh.size) * self._mesh.size
     tokens = np.zeros((rows, length), np.int32)
     mask = np.zeros((rows, length), bool)
     for row, (_, ids) in enumerate(group):
       tokens[row, : len(ids)] = ids
       mask[row, : len(ids)] = True
+    if self._mesh is not None:
+      split = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+      tokens, mask = jax.device_put((tokens, mask), split)
     return np.asarray(_sums(self.graphdef, self.state, tokens, mask))[: len(group)]
 
 
-def load_encoder(folder: str | pathlib.Path) -> Encoder:
+def load_encoder(
+  folder: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None
+) -> Encoder:
   """Loads a BERT sentence encoder.
 
   Args:
     folder: a sentence-transformers folder: config.json, model.safetensors, tokenizer.json and,
       optionally, sentence_bert_config.json with the window (256 tokens otherwise).
+    mesh: all its devices read a part of every batch; None is the default device.
 
   Raises:
     UserError: a file or tensor is missing, damaged or of the wrong shape, or it is not BERT.
@@ -235,7 +250,7 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
   for name in ('model.safetensors', 'tokenizer.json'):
     digest.update((folder / name).read_bytes())
   digest.update(repr(config).encode())
-  return Encoder(config, states[0], state, tokenizer, digest.hexdigest())
+  return Encoder(config, states[0], state, tokenizer, digest.hexdigest(), mesh)
 
 
 def _read_config(folder: pathlib.Path) -> EncoderConfig:

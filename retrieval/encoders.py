@@ -8,6 +8,7 @@ An encoder has
   dim: D;  fingerprint: of its weights, since vectors of another encoder are not comparable.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,11 @@ from data import errors
 
 def _minilm() -> Any:
   # Imported here: only dense retrieval needs an encoder and its weights.
-  from models import encoder, pretrained
-  return encoder.load_encoder(pretrained.fetch('minilm'))
+  import jax
+
+  from models import encoder, pretrained, sharding
+  mesh = sharding.make_mesh(data=-1) if jax.device_count() > 1 else None
+  return encoder.load_encoder(pretrained.fetch('minilm'), mesh=mesh)
 
 
 def _qwen3_embedding() -> Any:
@@ -38,8 +42,9 @@ def _qwen3_embedding() -> Any:
 ENCODERS: dict[str, Callable[[], Any]] = {'minilm': _minilm, 'qwen3_embedding': _qwen3_embedding}
 
 
+@functools.cache
 def load(name: str) -> Any:
-  """Loads the encoder of that name.
+  """Loads the encoder of that name, once a process.
 
   Raises:
     errors.UserError: there is none, or its weights are not to be had.

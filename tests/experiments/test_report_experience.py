@@ -8,6 +8,7 @@ import pytest
 from data import errors, summary, trajectory
 from experiments import experience_rows, report
 from retrieval import experience as experience_lib
+from tests.experiments import browser
 from tests.experiments import test_report as hints_report
 
 _EVIL = hints_report._EVIL
@@ -100,3 +101,26 @@ def test_episodes_that_are_missing(workdir):
   journal.write_text(journal.read_text().split('\n')[0] + '\n')
   with pytest.raises(errors.UserError, match='holds 1 episodes and summary'):
     report.write(workdir)
+
+
+@pytest.mark.skipif(not browser.PATH, reason='no chromium is installed: the page is not rendered')
+def test_the_reader_shows_each_block_with_similarity_outcome_and_provenance(workdir, tmp_path):
+  with browser.Browser(tmp_path / 'profile') as chromium:
+    for width in (1200, 400):
+      chromium.show(width)
+      chromium.open(report.write(workdir)[0])
+      assert chromium.console == []
+      assert chromium.run('document.documentElement.dataset.ready') == '1'
+      assert chromium.run(hints_report._WIDTHS) == [width, []]
+      assert chromium.run(hints_report._LOW_CONTRAST) == []
+    box = chromium.run("""(() => {
+      const box = document.querySelector('.retrieved');
+      return [[...box.querySelectorAll('p')].map((e) => e.textContent),
+        [...box.querySelectorAll('.score')].map((e) => e.textContent),
+        [...box.querySelectorAll('summary')].map((e) => e.textContent)];
+    })()""")
+  assert box[0] == ['retrieved experiences, with their similarity',
+                    'retrieved experiences, with their similarity, from call 3 on']
+  assert box[1] == ['0.875', '0.875', '0.625', '0.625']
+  assert [text.split()[0] for text in box[2]] == ['solved', 'failed', 'failed', 'solved']
+  assert all(f'from index/easy {_EVIL}' in text for text in box[2])

@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from data.errors import UserError
 from models import encoder as encoder_lib
+from models import sharding
 from models.encoder import load_encoder
 
 TEXTS = [
@@ -115,3 +117,12 @@ def test_bad_folders(tmp_path, minilm_path):
   (tmp_path / 'model.safetensors').write_bytes(weights[: len(weights) // 2])
   with pytest.raises(UserError, match='truncated'):
     load_encoder(tmp_path)
+
+
+def test_a_mesh_of_devices_gives_the_same_vectors(minilm, minilm_path):
+  mesh = sharding.make_mesh(data=4, tensor=2)
+  spread = load_encoder(minilm_path, mesh=mesh)
+  got = spread.encode(TEXTS[:3], batch=4)
+  np.testing.assert_allclose(got, minilm.encode(TEXTS[:3], batch=4), atol=1e-5)
+  weight = jax.tree.leaves(spread.state)[0]
+  assert len(weight.sharding.device_set) == 8
