@@ -50,7 +50,10 @@ DEFAULTS = dict(
   validation_skills='loop',
   easy_types='make_state',
   hard_types='make_state',
-  env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3',
+  # MiniLM takes tasks with the same thing for alike rather than those of the same skill: with 24
+  # types of things it finds one of the same skill for 37 % of the easy tasks and 75 % of the hard
+  # ones (256 in the index, K = 2), with 4 for 93 % and all of them; BM25 for all.
+  env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3;num_thing_types:4',
   train_split='train',
   eval_split='valid_unseen',
   validation_split='valid_seen',

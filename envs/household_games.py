@@ -228,6 +228,8 @@ class SkillOptions:
     num_appliances: appliances, each with a rule of its own; one does what the task asks.
     num_surfaces: pieces of furniture on which things lie.
     num_things: things, the asked one included, all of different types.
+    thing_types: how many types of things there are in all houses together. With few of them the
+      tasks of one skill resemble one another more than those of one thing.
     precondition_rate: share of rules with a precondition.
     task_types: families that take turns.
   """
@@ -235,6 +237,7 @@ class SkillOptions:
   num_appliances: tuple[int, int] = (4, 6)
   num_surfaces: tuple[int, int] = (2, 2)
   num_things: tuple[int, int] = (2, 4)
+  thing_types: int = len(SKILL_THINGS)
   precondition_rate: float = 0.0
   task_types: tuple[str, ...] = SKILL_TASK_TYPES
 
@@ -248,8 +251,11 @@ class SkillOptions:
       low, high = getattr(self, name)
       if not 1 <= low <= high:
         raise UserError(f'{name} must be a range (least, most) from 1 on, not {low, high}.')
-    if self.num_things[1] > len(SKILL_THINGS):
-      raise UserError(f'num_things can be {len(SKILL_THINGS)} at most.')
+    if not 1 <= self.thing_types <= len(SKILL_THINGS):
+      raise UserError(
+        f'num_thing_types must lie in 1..{len(SKILL_THINGS)}, not {self.thing_types}.')
+    if self.num_things[1] > self.thing_types:
+      raise UserError(f'num_things can be {self.thing_types} at most.')
     if not 0 <= self.precondition_rate <= 1:
       raise UserError(f'precondition_rate must lie in 0..1, not {self.precondition_rate}.')
 
@@ -299,9 +305,10 @@ def skill_game(
   receptacles = draw_house(draw, rng, split, f'skill pool {pool}')
   surfaces = [i for i, r in enumerate(receptacles) if r.type in SURFACES]
   count = rng.randint(*options.num_things)
+  kinds = SKILL_THINGS[:options.thing_types]
   house = House(
     receptacles,
-    tuple(Thing(type_, rng.choice(surfaces)) for type_ in rng.sample(SKILL_THINGS, count)),
+    tuple(Thing(type_, rng.choice(surfaces)) for type_ in rng.sample(kinds, count)),
   )
   thing = house.things[0].type
   present = {receptacle.type.lower() for receptacle in receptacles}

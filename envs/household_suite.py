@@ -129,6 +129,7 @@ class HouseholdSuite:
     num_appliances: int | Sequence[int] = (4, 6),
     num_surfaces: int | Sequence[int] = 2,
     num_things: int | Sequence[int] = (2, 4),
+    num_thing_types: int = len(household_games.SKILL_THINGS),
     num_receptacles: int | Sequence[int] = (6, 30),
     precondition_rate: float = 0.0,
   ):
@@ -147,6 +148,7 @@ class HouseholdSuite:
       num_appliances: appliances of a generated house of skills.
       num_surfaces: pieces of furniture of such a house.
       num_things: things in such a house.
+      num_thing_types: types of things in all such houses together.
       num_receptacles: receptacles of a generated official house.
       precondition_rate: share of generated rules with a precondition.
 
@@ -165,6 +167,7 @@ class HouseholdSuite:
       raise UserError(f'seed must be a whole number, not {seed!r}.')
     _check_count('num_train', num_train)
     _check_count('num_valid', num_valid)
+    _check_count('num_thing_types', num_thing_types)
     if isinstance(precondition_rate, bool) or not isinstance(precondition_rate, (int, float)):
       raise UserError(f'precondition_rate must be a number in 0..1, not {precondition_rate!r}.')
     self._seed, self._skills, self._engine = seed, skills, engine
@@ -182,6 +185,7 @@ class HouseholdSuite:
         _bounds('num_appliances', num_appliances),
         _bounds('num_surfaces', num_surfaces),
         _bounds('num_things', num_things),
+        num_thing_types,
         precondition_rate,
         self._task_types or household_games.SKILL_TASK_TYPES,
       )

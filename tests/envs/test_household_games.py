@@ -157,6 +157,20 @@ def test_the_expert_wins_and_rules_spare_it_the_search(pool, rate):
     assert 4 <= len(game.rules) <= 6
 
 
+def test_types_of_things_can_be_few_and_leave_the_rest_of_a_house_as_it_is():
+  few = SkillOptions(num_things=(2, 3), thing_types=3)
+  kinds = household_games.SKILL_THINGS[:3]
+  games = [skill_game('easy', 0, 'train', index, few) for index in range(60)]
+  assert {thing.type for game in games for thing in game.house.things} == set(kinds)
+  every = SkillOptions(num_things=(2, 3))
+  for index, game in enumerate(games[:10]):
+    other = skill_game('easy', 0, 'train', index, every)
+    assert other.house.receptacles == game.house.receptacles and other.rules == game.rules
+  for bad in (dict(thing_types=0), dict(thing_types=99), dict(num_things=(2, 4), thing_types=3)):
+    with pytest.raises(UserError, match=r'num_thing_types must|num_things can'):
+      SkillOptions(**bad)
+
+
 def test_a_wrong_rule_does_not_stop_the_expert():
   game = skill_game('loop', 0, 'train', 0)
   state = game.params['state_target']
