@@ -172,7 +172,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
         f'max_context={config.max_context} is more than the {base.config.max_position} positions '
         f'that {base.name} was trained for; set max_context to that or less.')
     model_name, tokenizer = base.name, base.tokenizer
-    model = base.model(config.adapter)
 
   # 3. What each episode has in its prompt, chosen once at its start (paper A, step 3), or for
   # dynamic queries before every call.
@@ -204,8 +203,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
       examples=examples)
     from inference.engine import Engine, SamplingConfig
     engine = Engine(
-      model, num_slots=min(config.slots, len(tasks)), max_len=config.max_context,
-      stop_ids=tokenizer.stop_ids, sampling=SamplingConfig(temperature=config.temperature),
+      base.model(config.adapter), num_slots=min(config.slots, len(tasks)),
+      max_len=config.max_context, stop_ids=tokenizer.stop_ids,
+      sampling=SamplingConfig(temperature=config.temperature),
       decode_steps=config.decode_steps, cache_dtype=config.dtype, seed=config.seed)
   # Last of all that bad input can stop: from here on the folder refuses every other config.
   workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import shutil
 import types
 
 import pytest
@@ -230,3 +232,36 @@ def test_loading_says_what_is_missing(tokenizer, tmp_path):
     experience_k=1, outcomes='all', same_type=False, diversity=0.0, block_order='best_first',
     experience_format='flat', memory_tokens=0, seed=0)
   assert experience_memory.rules_of(config).format == 'flat'
+
+
+def test_a_run_refuses_a_bank_of_other_prompts_or_another_tokenizer_and_writes_nothing(
+    tokenizer, tmp_path):
+  from configs import rollout as rollout_config
+  folder = fakes.tokenizer_folder(tmp_path / 'tokenizer')
+  values = dict(
+    agent='expert', expert_format='plain', tokenizer=str(folder), base='random', split='train',
+    skills='easy', task_types='make_state', episodes=4, expert_knows_rules=True)
+  rollout.run(rollout_config.make(values), tmp_path / 'expert')
+  bank = experience_lib.main(
+    types.SimpleNamespace(episodes=str(tmp_path / 'expert'), out=str(tmp_path / 'bank')),
+    lambda: tokenizer)
+  assert len(bank) == 4
+  values |= dict(memory='experience', experiences=str(tmp_path / 'bank'),
+                 experience_retrieval='bm25')
+  rollout.run(rollout_config.make(values), tmp_path / 'good')
+  assert all(e.retrieved for e in trajectory.load_episodes(tmp_path / 'good'))
+  # The same texts in another vocabulary.
+  spec = json.loads((folder / 'tokenizer.json').read_text())
+  spec['model']['merges'] = spec['model']['merges'][:-5]
+  other = tmp_path / 'other'
+  shutil.copytree(folder, other)
+  (other / 'tokenizer.json').write_text(json.dumps(spec))
+  for changes, words in (
+      (dict(prompt='full'), 'made with other prompts'),
+      (dict(expert_format='react'), 'format plain.*this run plays format react'),
+      (dict(tokenizer=str(other)), 'made with another tokenizer'),
+      (dict(memory_tokens=5), 'more than memory_tokens=5; raise'),
+      (dict(experiences=str(tmp_path / 'nowhere')), 'There is no experience bank')):
+    with pytest.raises(errors.UserError, match=words):
+      rollout.run(rollout_config.make({**values, **changes}), tmp_path / 'bad')
+    assert not (tmp_path / 'bad').exists()
