@@ -105,6 +105,7 @@ def run(main: Callable[[list[str]], None], required: tuple[str, ...] = ('config'
     print(help_screen.screen(sys.modules['__main__'].__doc__, required))
     sys.exit(0)
   process.use_huge_pages()
+  process.leave_tpu_alone()
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   def guarded(argv: list[str]) -> None:

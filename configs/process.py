@@ -1,5 +1,7 @@
 """What a process of ours asks of the system before it starts to work."""
 
+import glob
+import importlib.util
 import os
 import sys
 
@@ -20,3 +22,16 @@ def use_huge_pages() -> None:
     return
   os.environ['GLIBC_TUNABLES'] = ':'.join(filter(None, (tunables, _HUGE_PAGES)))
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def leave_tpu_alone() -> None:
+  """Keeps JAX from looking for a TPU where there is none: libtpu says half a page about it.
+
+  The wheel is installed on machines without a TPU to compile for one (`experiments.aot`). A no-op
+  where the platform is chosen already, where a TPU's or a GPU's device file is, or without libtpu.
+  """
+  devices = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*', '/dev/kfd')
+  if 'JAX_PLATFORMS' in os.environ or any(map(glob.glob, devices)):
+    return
+  if importlib.util.find_spec('libtpu') is not None:
+    os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -46,7 +46,6 @@ _POLICY_DATA = {
   'lora': 'demonstrations', 'exprag_lora': 'demonstrations',
   'exprag_lora_dropout': 'demonstrations_dropout', 'distilled': 'teacher'}
 
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
 
 
 class Experiment(stages.Stages):
@@ -399,10 +398,10 @@ def main(_):
   config = flags.FLAGS.config
   config.data = os.path.expandvars(config.data)
   workdir = pathlib.Path(flags.FLAGS.workdir)
-  if _DRY_RUN.value:
+  if flags.FLAGS.dry_run:
     config = dry_run.shrink_experience(config)
   check(config)
-  record = Experiment(config, workdir, dry=_DRY_RUN.value).run()
+  record = Experiment(config, workdir, dry=flags.FLAGS.dry_run).run()
   print()
   print(summary.table(record['rows'], [
     pair for pair in record['paired'] if experience_rows.headline((pair['a'], pair['b']))]))
@@ -416,4 +415,5 @@ def main(_):
 
 if __name__ == '__main__':
   cli.define_config_flags()
+  flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
   cli.run(main)

@@ -40,8 +40,6 @@ from training import dataset
 # Adding a row to a finished run plays that row only.
 _FREE_KEYS = ('evaluate',)
 
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
-
 
 class Loop(stages.Stages):
   """One run of the method: its config, its folder, and the base weights, loaded once."""
@@ -283,7 +281,7 @@ def main(_):
   workdir = pathlib.Path(flags.FLAGS.workdir)
   with contextlib.ExitStack() as stack:
     hint_url = ''
-    if _DRY_RUN.value:
+    if 'dry_run' in flags.FLAGS and flags.FLAGS.dry_run:
       config = dry_run.shrink(config)
       hint_url = stack.enter_context(dry_run.hint_server())
     else:
@@ -303,4 +301,5 @@ def main(_):
 
 if __name__ == '__main__':
   cli.define_config_flags()
+  flags.DEFINE_bool('dry_run', False, 'Walk all stages with a tiny random model.')
   cli.run(main)
