@@ -1,11 +1,11 @@
-"""The experiments behind the claims, by name: each one a hint distillation, each one JSON.
+"""The experiments behind the claims, by name: each one a run of a method, each one JSON.
 
   python -m experiments.evidence --list
   python -m experiments.evidence --run=seed0,seed1 --workdir=runs/evidence --machine='2 CPU cores'
   python -m experiments.results_table              # merges all results into the tables
 
 An experiment has its folder in the workdir; a stopped one goes on, a finished one is filed as
-experiments/results/hint_distillation_NAME.json and not played again.
+experiments/results/METHOD_NAME.json and not played again.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ import pathlib
 from absl import flags
 
 from configs import cli
-from configs import hint_distillation as config_lib
+from configs import experience_retrieval as experience_config
+from configs import hint_distillation as hint_config
 from data import errors
-from experiments import hint_distillation, results_table
+from experiments import experience_retrieval, hint_distillation, results_table
 
 _MAIN = 'base,base+hints,sft,distilled'
 _CONTROLS = f'{_MAIN},sft+hints,distilled+hints,base+random,base+fixed'
@@ -32,13 +33,33 @@ class Experiment:
 
   Attributes:
     question: what it is about.
-    config: argument of configs/hint_distillation.py; {workdir} stands for the evidence's folder.
+    config: argument of the method's config file; {workdir} stands for the evidence's folder.
     after: experiments whose folders it reads.
+    method: 'hint_distillation' or 'experience_retrieval'.
   """
 
   question: str
   config: str
   after: tuple[str, ...] = ()
+  method: str = 'hint_distillation'
+
+  def read_config(self, workdir: pathlib.Path):
+    """Its config, checked."""
+    chosen = experience_config if self.method == 'experience_retrieval' else hint_config
+    config = chosen.get_config(self.config.format(workdir=workdir))
+    config.data = os.path.expandvars(config.data)
+    program = (
+      experience_retrieval if self.method == 'experience_retrieval' else hint_distillation)
+    program.check(config)
+    return config
+
+
+def _experience(question: str, config: str) -> Experiment:
+  return Experiment(question, f'setting=houses,{config}', method='experience_retrieval')
+
+
+# One factor at a time, against experience_seed0.
+_ABLATION = 'seed=0,evaluate=lora,exprag_lora,exprag_lora+matched'
 
 
 EXPERIMENTS = {
@@ -61,6 +82,22 @@ EXPERIMENTS = {
   'alfworld': Experiment(
     "ALFWorld's own games: 60 of valid_seen, official rules, 50 steps",
     'setting=alfworld,evaluate=' + _MAIN),
+  **{f'experience_seed{seed}': _experience(
+    'experience retrieval: policies, easy and hard, by index conditions', f'seed={seed}')
+    for seed in range(3)},
+  **{f'experience_k{k}': _experience(f'K = {k} experiences', f'{_ABLATION},experience_k={k}')
+     for k in (0, 1, 4)},
+  **{f'experience_{name}': _experience(
+    f'stored as {name}', f'{_ABLATION},experience_format={name}') for name in ('flat', 'summary')},
+  'experience_dynamic': _experience(
+    'retrieval at every step', f'{_ABLATION},query=dynamic'),
+  'experience_bm25': _experience('BM25 in the place of MiniLM', f'{_ABLATION},'
+                                 'experience_retrieval=bm25'),
+  'experience_full_sequence': _experience('loss on all tokens', f'{_ABLATION},loss_on=all'),
+  'experience_rank8': _experience('rank 8', f'{_ABLATION},rank=8,alpha=16'),
+  'experience_rank64': _experience('rank 64', f'{_ABLATION},rank=64,alpha=128'),
+  'experience_epoch1': _experience('one epoch', f'{_ABLATION},epochs=1'),
+  'experience_epochs9': _experience('nine epochs', f'{_ABLATION},epochs=9'),
 }
 
 
@@ -75,20 +112,21 @@ def run(name: str, workdir: pathlib.Path, machine: str) -> None:
     if not (workdir / other / 'summary.json').is_file():
       raise errors.UserError(
         f'{name} goes on from {other}, which {workdir} does not hold finished; run {other} first.')
-  argument = experiment.config.format(workdir=workdir)
-  config = config_lib.get_config(argument)
-  config.data = os.path.expandvars(config.data)
+  config = experiment.read_config(workdir)
   print(f'== {name}: {experiment.question}', flush=True)
-  hint_distillation.check(config)
-  hint_distillation.Loop(config, workdir / name).run()
+  if experiment.method == 'experience_retrieval':
+    experience_retrieval.Experiment(config, workdir / name).run()
+  else:
+    hint_distillation.Loop(config, workdir / name).run()
   print(results_table.file_run(
-    workdir / name, name, command=f'python -m experiments.evidence --run={name}', machine=machine))
+    workdir / name, name.removeprefix('experience_'), machine=machine,
+    command=f'python -m experiments.evidence --run={name}'))
 
 
 def main(_) -> None:
   if flags.FLAGS.list:
     for name, experiment in EXPERIMENTS.items():
-      print(f'{name:<10} {experiment.question}')
+      print(f'{name:<24} {experiment.question}')
     return
   names = [name for name in flags.FLAGS.run.split(',') if name]
   if unknown := [name for name in names if name not in EXPERIMENTS]:

@@ -311,6 +311,15 @@ class Experiment(stages.Stages):
       budget.MODEL_STEPS * own + block * with_memory / len(self.rows))
     return costs.parts
 
+  def outcomes(self, played: dict[str, list[trajectory.Episode]]) -> dict[str, Any]:
+    """Which games each row won: {'tasks': {split: ids}, 'rows': {row id: 0 or 1 per task}}."""
+    tasks, rows = {}, {}
+    for split in experience_rows.SPLITS:
+      own = summary.outcomes({row.id: played[row.id] for row in self.rows if row.split == split})
+      tasks[split] = own['tasks']
+      rows |= own['rows']
+    return {'tasks': tasks, 'rows': rows}
+
   def run(self) -> dict[str, Any]:
     """All stages; returns and writes summary.json."""
     c = self.config
@@ -349,9 +358,7 @@ class Experiment(stages.Stages):
       'paired': [summary.paired(played[a], played[b], a_id=a, b_id=b)
                  for a, b in experience_rows.pairs(self.rows)],
       'collapse': experience_rows.collapse(rates),
-      'won': {split: summary.outcomes({
-        row.id: played[row.id] for row in self.rows if row.split == split})
-        for split in experience_rows.SPLITS},
+      'won': self.outcomes(played),
       'wall_s': self.wall_s, 'predicted': predicted,
       'stages': {name: {key: value for key, value in stage.items()
                         if isinstance(value, (int, float, str)) or key in ('index', 'best')}

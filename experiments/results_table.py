@@ -18,11 +18,10 @@ from absl import flags
 
 from data import errors, summary
 from data import workdir as workdir_lib
-from experiments import aot_table
+from experiments import aot_table, experience_rows
 
 _ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
-_PREFIX = 'hint_distillation_'
 _BEGIN, _END = '<!-- results: begin -->', '<!-- results: end -->'
 _SEEDS = ('seed0', 'seed1', 'seed2')
 _DIFFERENCES = (
@@ -31,14 +30,14 @@ _DIFFERENCES = (
   ('sft+hints', 'sft'), ('distilled+hints', 'distilled'))
 
 
-def path_of(name: str) -> pathlib.Path:
+def path_of(name: str, method: str = 'hint_distillation') -> pathlib.Path:
   """Where the result of that name is committed."""
-  return RESULTS / f'{_PREFIX}{name}.json'
+  return RESULTS / f'{method}_{name}.json'
 
 
-def load(name: str) -> dict[str, Any] | None:
+def load(name: str, method: str = 'hint_distillation') -> dict[str, Any] | None:
   """A committed result; None where there is none of that name."""
-  path = path_of(name)
+  path = path_of(name, method)
   return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -56,8 +55,9 @@ def file_run(workdir: pathlib.Path, name: str, *, command: str, machine: str) ->
     'command': command, 'machine': machine,
     'date': datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()}
   RESULTS.mkdir(exist_ok=True)
-  workdir_lib.write_json(path_of(name), record)
-  return path_of(name)
+  path = path_of(name, record.get('experiment', 'hint_distillation'))
+  workdir_lib.write_json(path, record)
+  return path
 
 
 # Tables of one result, and of several seeds.
@@ -115,11 +115,14 @@ def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
     [rows_table(rows), '', *map(pair_line, pairs), '', measured_line([record])])
 
 
-def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge(
+  records: Sequence[Mapping[str, Any]], differences: Sequence[tuple[str, str]] = _DIFFERENCES
+) -> dict[str, Any]:
   """Rows and differences over several seeds of one experiment.
 
   Args:
     records: committed results with the same rows and numbers of games.
+    differences: pairs of row ids; those that both were played are reported.
 
   Returns:
     {'rows', 'paired'}: a row's success rate is that of all games together, `by_seed` the rates of
@@ -142,7 +145,7 @@ def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       'by_seed': [float(w.mean()) for w in won[id_]], **merged})
   pairs = [
     {'a': a, 'b': b, **summary.bootstrap([x - y for x, y in zip(won[a], won[b])])}
-    for a, b in _DIFFERENCES if a in won and b in won]
+    for a, b in differences if a in won and b in won]
   return {'rows': rows, 'paired': pairs}
 
 
@@ -161,6 +164,41 @@ def seeds_table(records: Sequence[Mapping[str, Any]]) -> str:
       f'{row["prefilled_tokens_mean"]:.0f} | {row["generated_tokens_mean"]:.0f} |')
   return '\n'.join(
     [*lines, '', *map(pair_line, merged['paired']), '', measured_line(records)])
+
+
+# Experience retrieval: policies by index conditions.
+
+_EXPERIENCE = 'experience_retrieval'
+_CONDITIONS = ('matched', 'mismatched', 'empty', 'all', 'random', 'growing')
+
+
+def experience_tables(records: Sequence[Mapping[str, Any]]) -> str:
+  """Results of experience retrieval, one or several seeds of them, as Markdown."""
+  pairs = [(p['a'], p['b']) for p in records[0]['paired']
+           if experience_rows.headline((p['a'], p['b']))]
+  merged = merge(records, pairs)
+  rates = {row['id']: row for row in merged['rows']}
+  there = {name.partition('+')[2] or 'empty' for name in rates}
+  columns = [column for column in _CONDITIONS if column in there]
+  lines = []
+  for split in experience_rows.SPLITS:
+    lines += [f'| {split}: success % (95 % interval) | ' + ' | '.join(columns) + ' |',
+              '|---' * (len(columns) + 1) + '|']
+    for policy in experience_rows.POLICIES:
+      cells = []
+      for column in columns:
+        row = rates.get(experience_rows.Row(split, policy, column).id)
+        low, high = row['success_ci95'] if row else (0, 0)
+        cells.append(
+          f'{100 * row["success_rate"]:.1f} ({100 * low:.1f} to {100 * high:.1f})' if row else '')
+      if any(cells):
+        lines.append(f'| {policy} | ' + ' | '.join(cells) + ' |')
+    lines.append('')
+  for name, costs in experience_rows.collapse(
+      {name: row['success_rate'] for name, row in rates.items()}).items():
+    lines.append(f'- {name}: the empty index costs ' + ', the mismatched one '.join(
+      f'{100 * costs[key]:.1f} points' for key in ('empty', 'mismatched') if key in costs))
+  return '\n'.join([*lines, '', *map(pair_line, merged['paired']), '', measured_line(records)])
 
 
 # The two pages.
@@ -207,6 +245,14 @@ def evidence() -> str:
     record = load(name)
     if record:
       section(title, single(record))
+  seeds = [record for name in _SEEDS if (record := load(name, _EXPERIENCE))]
+  if seeds:
+    section('Experience retrieval', experience_tables(seeds))
+  for path in sorted(RESULTS.glob(f'{_EXPERIENCE}_*.json')):
+    name = path.stem.removeprefix(f'{_EXPERIENCE}_')
+    if name not in _SEEDS:
+      section(f'Experience retrieval: {name.replace("_", " ")}',
+              experience_tables([load(name, _EXPERIENCE)]))
   if record := aot_table.load():
     section('Qwen2.5 on TPU slices, compiled ahead of time', aot_table.section(record))
   from experiments.bench import cost_model  # Needs jax, which --help does not wait for.
@@ -247,7 +293,7 @@ def main(_) -> None:
 
 if __name__ == '__main__':
   from configs import cli
-  flags.DEFINE_string('workdir', '', 'Finished hint-distillation run to file.')
+  flags.DEFINE_string('workdir', '', 'Finished run to file.')
   flags.DEFINE_string('name', '', 'Name of the result.')
   flags.DEFINE_string('command', 'make demo', 'The command that made it.')
   flags.DEFINE_string('machine', '', 'What it ran on.')

@@ -7,9 +7,16 @@ import sys
 
 import pytest
 
+from configs import experience_retrieval as experience_config
 from configs import hint_distillation as config_lib
 from data import errors
-from experiments import evaluation_rows, evidence, hint_distillation, results_table
+from experiments import (
+  evaluation_rows,
+  evidence,
+  experience_rows,
+  hint_distillation,
+  results_table,
+)
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -22,10 +29,20 @@ def test_every_experiment_has_a_config_that_is_right(name, tmp_path, monkeypatch
     for stage in ('base', 'hints', 'distilled'):
       (tmp_path / other / stage).mkdir(parents=True)
       (tmp_path / other / stage / 'done.json').write_text('{}')
-  config = config_lib.get_config(experiment.config.format(workdir=tmp_path))
-  config.data = config.data.replace('${HINTSIGHT_DATA}', str(tmp_path))
-  hint_distillation.check(config)
-  assert 'distilled' in {row.policy for row in evaluation_rows.parse(config.evaluate)}
+  config = experiment.read_config(tmp_path)
+  rows = experience_rows if experiment.method == 'experience_retrieval' else evaluation_rows
+  assert {'distilled', 'exprag_lora'} & {row.policy for row in rows.parse(config.evaluate)}
+
+
+def test_ablations_change_one_factor():
+  reference = experience_config.get_config(evidence.EXPERIMENTS['experience_seed0'].config)
+  for name, experiment in evidence.EXPERIMENTS.items():
+    if not name.startswith('experience_'):
+      continue
+    config = experience_config.get_config(experiment.config)
+    changed = {key for key, value in config.items() if value != reference[key]} - {'evaluate'}
+    assert changed <= {'rank', 'alpha'} or len(changed) == 1, name
+    assert bool(changed) == (name != 'experience_seed0')
 
 
 def test_the_seeds_differ_in_nothing_else():

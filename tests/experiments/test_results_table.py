@@ -45,3 +45,24 @@ def test_seeds_are_merged_game_by_game():
   np.testing.assert_allclose(pair['ci95'], np.percentile(draws, [2.5, 97.5]), atol=0.01)
   table = results_table.seeds_table(records)
   assert '| 37.5 (' in table and '25.0, 50.0' in table and '`c0`, `c1`' in table
+
+
+def test_experience_retrieval_is_policies_by_conditions_over_seeds():
+  def record(seed, wins):
+    rows = [{'id': name, 'n': 4, 'seed': seed, 'success_rate': sum(w) / 4, 'split': 'valid_unseen',
+             'env_steps_mean': 1.0} for name, w in wins.items()]
+    return {'rows': rows, 'won': {'rows': wins}, 'wall_s': {'a': 60.0},
+            'paired': [{'a': 'hard/exprag_lora+matched', 'b': 'hard/lora'},
+                       {'a': 'hard/exprag_lora+matched', 'b': 'hard/exprag_lora'}],
+            'measured': {'machine': 'm', 'date': '2026-01-01', 'command': 'c'}}
+
+  text = results_table.experience_tables([
+    record(seed, {
+      'easy/lora': [1, 1, 1, 1], 'hard/lora': [0, 0, 0, 1], 'hard/exprag_lora': [0, 0, 1, 1],
+      'hard/exprag_lora+matched': [1, 1, 1, seed]}) for seed in (0, 1)])
+  assert '| hard: success % (95 % interval) | matched | empty |' in text
+  assert '| exprag_lora | 87.5 (' in text and '| lora |  | 25.0 (' in text
+  assert '- hard/exprag_lora: the empty index costs 37.5 points' in text
+  assert '- hard/exprag_lora+matched - hard/lora: +62.5 points' in text
+  assert 'by seed +50.0, +75.0' in text
+  assert '- hard/exprag_lora+matched - hard/exprag_lora:' not in text
