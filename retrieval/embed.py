@@ -51,6 +51,10 @@ class TextEmbedder:
       # A cache is made again from the texts, so a torn one costs time and nothing else.
       print(f'{self._path} is not a readable vector file; the texts are embedded again.')
 
+  def __len__(self) -> int:
+    """How many texts are remembered."""
+    return len(self._vectors)
+
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds texts, in one batch those that are new.
 

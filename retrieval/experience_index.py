@@ -27,6 +27,7 @@ QUERIES = ('static', 'dynamic')
 # What ranks: an encoder, BM25 over words, or chance, the control of whether retrieval matters.
 METHODS = (*encoders.ENCODERS, 'bm25', 'random')
 _META = 'experience_index.json'
+_REMEMBERED = 10_000  # vectors of queries
 
 
 def key_text(experience: experience_lib.Experience, query: str) -> str:
@@ -49,6 +50,9 @@ class _DenseKeys:
     self.vectors.add(self._texts(texts))
 
   def search(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    if len(self._queries) > _REMEMBERED:
+      # Dynamic queries are never the same again.
+      self._queries = embed.TextEmbedder(self.encoder, queries=True)
     ids, scores = self.vectors.search(self._queries(texts), k)
     return ids, scores, [self._queries.count_tokens(text) for text in texts]
 

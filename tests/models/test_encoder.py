@@ -119,6 +119,7 @@ def test_bad_folders(tmp_path, minilm_path):
     load_encoder(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_gives_the_same_vectors(minilm, minilm_path):
   mesh = sharding.make_mesh(data=4, tensor=2)
   spread = load_encoder(minilm_path, mesh=mesh)

@@ -205,6 +205,20 @@ def test_added_experiences_are_found_at_once():
     assert method == 'random' or found.experiences[0].experience.id == 'e99'
 
 
+def test_queries_are_embedded_once_and_not_kept_for_ever(monkeypatch):
+  monkeypatch.setattr(experience_index, '_REMEMBERED', 5)
+  encoder = HashEncoder()
+  index = experience_index.ExperienceIndex(full_bank(), 'minilm', 'static', encoder)
+  encoder.read.clear()
+  for _ in range(2):
+    index.search(['a', 'b'], 1)
+  assert encoder.read == ['a', 'b']
+  for n in range(20):
+    index.search([f'query {n}'], 1)
+  index.search(['a'], 1)
+  assert encoder.read.count('a') == 2 and len(index._keys._queries) <= 6
+
+
 def test_an_index_of_another_encoder_kind_or_bank_is_refused(tmp_path):
   bank = full_bank()
   folder = tmp_path / 'i'
