@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.errors import UserError
@@ -70,20 +71,29 @@ def make_mesh(
     raise UserError(f'A mesh of {shown} does not fit {within}.')
   if found > 1:
     devices = sorted(devices, key=lambda device: device.slice_index)
-  # Each slice by itself, so that its axes lie along its own links. jax.make_mesh defaults to
-  # explicit axes, which logical rules do not go with.
+  # Each slice by itself, so that its axes lie along its own links.
+  used = math.prod(sizes)
   try:
     parts = [
-      jax.make_mesh((1, *sizes), AXES, devices=devices[start : start + math.prod(sizes)]).devices
-      for start in range(0, len(devices), own)
+      _arrange((1, *sizes), devices[start : start + used]) for start in range(0, len(devices), own)
     ]
   except AssertionError:
     # A TPU's network has a shape; a part of a slice has to be a box.
     raise UserError(
-      f'A mesh of {shown} takes {math.prod(sizes)} of the {own} chips of a slice, which form no '
-      'box; use all of them.'
+      f'A mesh of {shown} takes {used} of the {own} chips of a slice, which form no box; use all '
+      'of them.'
     ) from None
+  # Logical rules do not go with explicit axes.
   return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
+  """Devices in the shape of a mesh, neighbours of an axis on neighbouring chips."""
+  try:
+    return mesh_utils.create_device_mesh(sizes, devices)
+  except NotImplementedError:
+    # An axis of 4 on a network of 16 x 16 gets a part of one of its dimensions.
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def parse_sizes(text: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ import pytest
 from data.errors import UserError
 from experiments import aot, aot_programs, aot_table, results_table
 from experiments.aot_programs import Settings
-from models import chips, registry
+from models import chips, registry, sharding
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
@@ -69,6 +69,16 @@ def test_what_does_not_fit_says_what_would():
   assert not record['fits'] and 'exceeds available HBM' in record['refused']['none']
   assert any('--row_len=' in says for says in record['would_fit'])
   assert 'It does NOT fit' in aot.table(record)
+
+
+@needs_libtpu
+@pytest.mark.parametrize('topology, sizes', [
+  ('v6e:16x16', (64, 1, 4)), ('v5p:8x8x8', (256, 2, 1)), ('v5e:16x16', (32, 8, 1)),
+  ('tpu7x:2x2x1', (2, 2, 2))])
+def test_a_mesh_may_split_the_dimensions_of_the_network(topology, sizes):
+  devices = aot_programs.find_devices(topology, 1)
+  mesh = sharding.make_mesh(*sizes, devices=devices)
+  assert mesh.devices.shape == (1, *sizes) and len(set(mesh.devices.flat)) == len(devices)
 
 
 @needs_libtpu
