@@ -281,7 +281,7 @@ def main(_):
   workdir = pathlib.Path(flags.FLAGS.workdir)
   with contextlib.ExitStack() as stack:
     hint_url = ''
-    if 'dry_run' in flags.FLAGS and flags.FLAGS.dry_run:
+    if flags.FLAGS.dry_run:
       config = dry_run.shrink(config)
       hint_url = stack.enter_context(dry_run.hint_server())
     else:
