@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import types
 
@@ -51,7 +52,7 @@ def test_a_run_makes_a_folder_and_is_finished_then(finished, capsys):
   assert {p.name for p in folder.iterdir()} == {
     'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
   _, params = weights.load_pretrained(folder)
-  assert record['parameters'] == sum(value.size for value in params.values())
+  assert record['parameters'] == sum(math.prod(value.shape) for value in params.values())
   assert record['vocabulary'] == Tokenizer.load(folder).vocab_size == 420
   assert record['steps'] == json.loads(
     (workdir / 'metrics.jsonl').read_text().splitlines()[-1])['step']

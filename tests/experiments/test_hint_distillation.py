@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from data import errors, trajectory
+from experiments import stages
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _ROW_KEYS = {
@@ -223,16 +224,12 @@ def test_the_budget_grows_with_what_is_asked_for(smollm2_path):
   assert 'all' in budget.table(list(many.values()))
 
 
-def test_the_budget_is_predicted_once(tmp_path, monkeypatch):
-  from configs import hint_distillation as config_lib
-  from experiments import budget, evaluation_rows, hint_distillation
+def test_the_budget_is_predicted_once(tmp_path):
   asked = []
-  monkeypatch.setattr(hint_distillation.Loop, 'base', 'the model')
-  monkeypatch.setattr(budget, 'predict', lambda c, base, rows: asked.append(rows) or [len(asked)])
 
   def predict(evaluate):
-    loop = hint_distillation.Loop(config_lib.get_config(f'evaluate={evaluate}'), tmp_path)
-    return loop.predict(evaluation_rows.parse(evaluate))
+    return stages.predicted(
+      tmp_path, {'evaluate': evaluate}, lambda: asked.append(evaluate) or [len(asked)])
 
   assert [predict('base'), predict('base'), predict('base,sft')] == [[1], [1], [2]]
 

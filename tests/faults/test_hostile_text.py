@@ -154,7 +154,7 @@ def test_a_hostile_episode(tokenizers, name, first, answers, hint, instruction):
   assert special.isdisjoint(remembered.tolist())
   if hint:
     assert tokenizer.decode(remembered, skip_special=False) == as_read(
-      tokenizer, memory.render_hints([hint], 'default') + '\n\n')
+      tokenizer, memory.render_hints([{'text': hint}], 'default') + '\n\n')
 
   # The record holds valid text, and comes back exactly.
   assert [step.observation for step in episode.steps] == [text_lib.valid(a) for a in answers]
