@@ -59,7 +59,7 @@ DEFAULTS = dict(
   validation_split='valid_seen',
   validation_skip=0,  # tasks of the validation split that are left out before it
   index_games=256,  # of each split: in its index, the easy ones also trained on; 0 is all
-  eval_games=60,  # of each split, played by every row; 0 is all
+  eval_games=50,  # of each split, played by every row; 0 is all
   validation_games=24,  # of each of its kinds of tasks, for each checkpoint
   # POLICY[+CONDITION], each on both splits; see experiments/experience_rows.py.
   evaluate=_DEMO_ROWS,
@@ -110,7 +110,7 @@ DEFAULTS = dict(
   warmup_fraction=0.1,
   weight_decay=0.01,
   loss_on='action',
-  epochs=3.0,
+  epochs=2.5,
   row_len=1024,
   batch_rows=1,
   grad_accum=1,

@@ -47,7 +47,6 @@ _POLICY_DATA = {
   'exprag_lora_dropout': 'demonstrations_dropout', 'distilled': 'teacher'}
 
 
-
 class Experiment(stages.Stages):
   """One run of the method."""
 
