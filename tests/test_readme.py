@@ -52,9 +52,16 @@ def test_every_command_names_what_there_is():
   commands = _commands()
   assert len(commands) >= 10
   for words in commands:
+    if '--' in words:
+      # A launcher's own flags, and the program that it starts.
+      words, started = words[:words.index('--')], words[words.index('--') + 1:]
+      assert (_ROOT / started[0]).is_file()
     config = next((w for w in words if w.startswith('--config=')), None)
     if config is None:
-      assert words[1:3] == ['-m', 'retrieval.hints']
+      assert words[1] == '-m'
+      source = (_ROOT / f'{words[2].replace(".", "/")}.py').read_text()
+      for flag in re.findall(r'--(\w+)', ' '.join(words)):
+        assert flag == 'workdir' or f"'{flag}'" in source, words
       continue
     path, _, arg = config.removeprefix('--config=').partition(':')
     module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
@@ -76,7 +83,7 @@ def test_the_example_of_an_environment_is_the_file():
 
 def test_the_example_of_an_environment_runs_as_a_user_starts_it(tmp_path):
   """README's command for the expert, which needs a tokenizer and no model."""
-  words = next(w for w in _commands() if 'agent=expert' in ' '.join(w))
+  words = next(w for w in _commands() if f'{_ROOM},agent=expert' in ' '.join(w))
   tokenizer = fakes.tokenizer_folder(tmp_path / 'tokenizer')
   words = [f'{w},base=random,tokenizer={tokenizer}' if w.startswith('--config=') else w
            for w in words if not w.startswith('--workdir=')]
