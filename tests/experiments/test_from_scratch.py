@@ -65,6 +65,7 @@ def test_a_run_makes_a_folder_and_is_finished_then(finished, capsys):
     from_scratch.run(config_lib.get_config(TINY.replace('episodes=24', 'episodes=25')), workdir)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch):
   workdir, record = finished
   save = checkpoint.Checkpoints.save

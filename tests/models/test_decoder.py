@@ -199,7 +199,7 @@ def adapted_model(config, lora=None):
   return decoder.from_params(config, params, lora)
 
 
-@pytest.mark.parametrize('dropout', [0.0, 0.3])
+@pytest.mark.parametrize('dropout', [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_remat_changes_nothing(dropout):
   model = adapted_model(tiny(), LoraConfig(rank=4, alpha=8, dropout=dropout))
   tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 256)
