@@ -1,5 +1,6 @@
 """One timed run of our train step, for experiments/bench/train.py."""
 
+import dataclasses
 import json
 import pathlib
 import resource
@@ -20,6 +21,8 @@ def _model(job: dict, mesh) -> decoder.Model:
   if not job['folder']:
     return decoder.create(registry.get_config(job['model'], dtype=job['dtype']), lora, mesh=mesh)
   config, params = weights.load_pretrained(job['folder'], job['dtype'])
+  # The file says in what the weights are kept, the job in what they are multiplied.
+  config = dataclasses.replace(config, dtype=job['dtype'])
   _, adapter = weights.load_peft(job['adapter'], config)
   return decoder.from_params(config, {**params, **adapter}, lora, mesh=mesh)
 
