@@ -9,6 +9,7 @@ their markers, and the plot, is generated here, and a test compares the two.
 
 import datetime
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +51,11 @@ def file_run(workdir: pathlib.Path, name: str, *, command: str, machine: str) ->
   path = workdir / 'summary.json'
   if not path.is_file():
     raise errors.UserError(f'{path} is not there; give --workdir of a finished run.')
-  record = json.loads(path.read_text())
+  text = path.read_text()
+  if data := os.environ.get('HINTSIGHT_DATA'):
+    # Where the data lay on that machine says nothing on another one.
+    text = text.replace(data.rstrip('/'), '${HINTSIGHT_DATA}')
+  record = json.loads(text)
   record['measured'] = {
     'command': command, 'machine': machine,
     'date': datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()}

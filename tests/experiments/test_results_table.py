@@ -66,3 +66,11 @@ def test_experience_retrieval_is_policies_by_conditions_over_seeds():
   assert '- hard/exprag_lora+matched - hard/lora: +62.5 points' in text
   assert 'by seed +50.0, +75.0' in text
   assert '- hard/exprag_lora+matched - hard/exprag_lora:' not in text
+
+
+def test_a_filed_result_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+  monkeypatch.setattr(results_table, 'RESULTS', tmp_path / 'results')
+  monkeypatch.setenv('HINTSIGHT_DATA', str(tmp_path / 'games'))
+  (tmp_path / 'summary.json').write_text(json.dumps({'data': f'{tmp_path}/games/alfworld'}))
+  filed = results_table.file_run(tmp_path, 'own', command='a command', machine='a machine')
+  assert json.loads(filed.read_text())['data'] == '${HINTSIGHT_DATA}/alfworld'
