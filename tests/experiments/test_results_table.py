@@ -1,5 +1,7 @@
 """The pages' numbers are the committed results, and merging seeds is right."""
 
+import json
+
 import numpy as np
 import pytest
 
