@@ -342,7 +342,9 @@ class WebShopSuite:
     return [goal for product in sorted(chosen, key=lambda p: _hash(p.asin))
             for goal in self._goals(product)]
 
-  def _by_goal(self, split: str) -> list[tuple[str, Goal]]:
+  @functools.cached_property
+  def _goals_in_order(self) -> list[tuple[str, Goal]]:
+    """All goals in the original's order, for split_by='goal'."""
     goals = [goal for product in self.shop.products for goal in self._goals(product)]
     least = _TEST_GOALS + _VALID_GOALS + 1
     if len(goals) < least:
@@ -350,7 +352,10 @@ class WebShopSuite:
         f"split_by=goal is the original's protocol: it needs {least} goals, and {self._data} has "
         f'{len(goals)} {self._goal_kind} ones; take the full catalogue, or split_by=product.')
     random.Random(_GOAL_SEED).shuffle(goals)
-    ends = (_TEST_GOALS, _TEST_GOALS + _VALID_GOALS)
+    return goals
+
+  def _by_goal(self, split: str) -> list[tuple[str, Goal]]:
+    goals, ends = self._goals_in_order, (_TEST_GOALS, _TEST_GOALS + _VALID_GOALS)
     return {'test': goals[:ends[0]], 'valid': goals[ends[0]:ends[1]],
             'train': goals[ends[1]:]}[split]
 

@@ -108,9 +108,9 @@ class Expert:
     buttons = [match[1] for line in lines if (match := _BUTTON.match(line))]
     if 'Buy Now' in buttons:
       return self._on_item(lines, buttons)
-    if 'Next >' in buttons or any(line.startswith('Page ') for line in lines):
+    if 'Next >' in buttons:
       return self._on_results(lines)
-    if 'Search' in buttons or 'Back to Search' not in buttons:
+    if 'Back to Search' not in buttons:
       return self._search()
     return self._on_sub_page(lines)
 
@@ -181,9 +181,8 @@ class Expert:
       candidate.offers = frozenset(button.lower() for button in buttons)
       candidate.text = '\n'.join(lines)
     if self._buying is None:
-      self._judge(candidate)
+      missing = self._judge(candidate) < 1
       unread = [page for page in _PAGES if page not in self._read]
-      missing = self._coverage(candidate.text) < 1
       if candidate.score >= 1.5 and missing and unread and (
           self._left > self._cost(reopen=False) + 2):
         self._read.append(unread[0])
@@ -204,14 +203,19 @@ class Expert:
         return Decision(f'click[{value}]', f'I choose the {name} {value}.')
     return Decision('click[buy now]', 'It has what is asked.')
 
-  def _judge(self, candidate: _Candidate) -> None:
-    """Sets the score: all options count one, a price that fits one, all words one."""
+  def _judge(self, candidate: _Candidate) -> float:
+    """Sets the score: all options count one, a price that fits half, all of the wish one.
+
+    Returns:
+      The share of the wish in what was read of the product.
+    """
     options = self.wish.options.values()
     offered = sum(value in candidate.offers for value in options)
     share = offered / len(options) if options else 1.0
+    coverage = self._coverage(candidate.text)
     candidate.score = (
-      (share if share == 1 else share / 2) + 0.5 * self._fits_price(candidate)
-      + self._coverage(candidate.text))
+      (share if share == 1 else share / 2) + 0.5 * self._fits_price(candidate) + coverage)
+    return coverage
 
   def _decide(self) -> None:
     """Takes the best one; of those that are equally good, one that is called what is wanted."""
