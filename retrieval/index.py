@@ -198,11 +198,14 @@ class VectorIndex:
     if self._searcher is None:
       return exact_search(self.keys, queries, k)
     found, scores = self._searcher.search_batched(queries, final_num_neighbors=k)
-    scores = np.asarray(scores, np.float32)
-    if scores.shape != (len(queries), k) or not np.isfinite(scores).all():
-      # The visited leaves held fewer than k keys; answering short would be a silent cut.
+    ids, scores = np.array(found, np.int32), np.array(scores, np.float32)
+    if scores.shape != (len(queries), k):
       return exact_search(self.keys, queries, k)
-    ids = np.asarray(found).astype(np.int32)
+    # Where the visited leaves held fewer than k keys, answering short would be a silent cut. Only
+    # those queries are scored exactly: the recall that is measured must be that of the others too.
+    short = ~np.isfinite(scores).all(axis=1)
+    if short.any():
+      ids[short], scores[short] = exact_search(self.keys, queries[short], k)
     order = np.lexsort((ids, -scores), axis=1)
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
