@@ -16,15 +16,17 @@ from absl import flags
 
 from configs import cli
 from configs import experience_retrieval as experience_config
+from configs import from_scratch as scratch_config
 from configs import hint_distillation as hint_config
 from data import errors
-from experiments import experience_retrieval, hint_distillation, results_table
+from experiments import experience_retrieval, from_scratch, hint_distillation, results_table
 
 _MAIN = 'base,base+hints,sft,distilled'
 _CONTROLS = f'{_MAIN},sft+hints,distilled+hints,base+random,base+fixed'
 _SIZES = f'{_CONTROLS},base+hints@1,base+hints@6,base+hints@9,base+self-hints'
 # The formats are compared with one another: half of the demo's games, three epochs.
 _FORMAT = 'train_games=90,eval_games=60,epochs=3,evaluate=base,base+hints,distilled'
+_REACT = 'agent=react,max_calls=28,max_context=1152'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Experiment:
     config: argument of the method's config file; {workdir} stands for the evidence's folder.
     after: experiments whose folders it reads.
     method: 'hint_distillation' or 'experience_retrieval'.
+    decoder: argument of configs/from_scratch.py for a decoder that is trained first.
   """
 
   question: str
   config: str
   after: tuple[str, ...] = ()
   method: str = 'hint_distillation'
+  decoder: str = ''
 
   def read_config(self, workdir: pathlib.Path):
     """Its config, checked."""
@@ -76,9 +80,16 @@ EXPERIMENTS = {
     'evaluate=base,base+hints,distilled', ('seed0',)),
   'plain': Experiment('the plain format', f'agent=plain,{_FORMAT}'),
   'react': Experiment(
-    'ReAct', 'agent=react,max_calls=28,max_new_tokens=0,max_context=1152,row_len=1024,' + _FORMAT),
+    'ReAct', f'{_REACT},max_new_tokens=0,row_len=1024,{_FORMAT}'),
   'stateact': Experiment(
     'StateAct', 'agent=stateact,max_new_tokens=0,max_context=1664,row_len=1536,' + _FORMAT),
+  # ReAct's thoughts say which state is wanted just before they say what makes it: a decoder of four
+  # layers learns to look a rule up from there, and not from a goal that stands elsewhere.
+  'small': Experiment(
+    'a second size: a decoder of 1.8 million parameters, trained from random weights',
+    f'setting=demo,model={{workdir}}/scratch/{from_scratch.MODEL_FOLDER},warm_episodes=0,{_REACT},'
+    f'max_new_tokens=40,row_len=1152,sft_examples=matched,evaluate={_CONTROLS}',
+    decoder=f'{_REACT},max_new_tokens=40,row_len=1152,loss_on=all,drills=10000'),
   'alfworld': Experiment(
     "ALFWorld's own games: 60 of valid_seen, official rules, 50 steps",
     'setting=alfworld,evaluate=' + _MAIN),
@@ -114,6 +125,8 @@ def run(name: str, workdir: pathlib.Path, machine: str) -> None:
         f'{name} goes on from {other}, which {workdir} does not hold finished; run {other} first.')
   config = experiment.read_config(workdir)
   print(f'== {name}: {experiment.question}', flush=True)
+  if experiment.decoder:
+    from_scratch.run(scratch_config.get_config(experiment.decoder), workdir / 'scratch')
   if experiment.method == 'experience_retrieval':
     experience_retrieval.Experiment(config, workdir / name).run()
   else:

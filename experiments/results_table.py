@@ -243,7 +243,7 @@ def evidence() -> str:
               single(first, ['base', 'base+hints', 'base+self-hints']))
   titles = {
     'plain': 'Formats: plain', 'react': 'Formats: ReAct', 'stateact': 'Formats: StateAct',
-    'small': 'Another size: a decoder of 5 million parameters, trained from scratch',
+    'small': 'Another size: a decoder of 1.8 million parameters, trained from scratch, ReAct',
     'round2': 'A second round, from the first distilled student and its bank',
     'alfworld': "ALFWorld's own games, valid_seen", 'demo': 'The demo: `make demo`'}
   for name, title in titles.items():

@@ -8,12 +8,14 @@ import sys
 import pytest
 
 from configs import experience_retrieval as experience_config
+from configs import from_scratch as scratch_config
 from configs import hint_distillation as config_lib
 from data import errors
 from experiments import (
   evaluation_rows,
   evidence,
   experience_rows,
+  from_scratch,
   hint_distillation,
   results_table,
 )
@@ -73,6 +75,21 @@ def test_a_finished_experiment_is_filed_and_what_it_needs_is_named(tmp_path, mon
   filed = json.loads((tmp_path / 'results' / 'hint_distillation_seed1.json').read_text())
   assert filed['measured']['machine'] == 'a machine'
   assert filed['measured']['command'] == 'python -m experiments.evidence --run=seed1'
+
+
+def test_a_decoder_of_its_own_is_trained_first_and_learns_as_the_loop_plays(tmp_path, monkeypatch):
+  experiment, done = evidence.EXPERIMENTS['small'], []
+  monkeypatch.setattr(results_table, 'file_run', lambda *args, **kwargs: 'filed')
+  monkeypatch.setattr(from_scratch, 'run', lambda *args: done.append(args))
+  loop = type('Loop', (), {
+    '__init__': lambda self, config, _: done.append(config), 'run': lambda self: None})
+  monkeypatch.setattr(hint_distillation, 'Loop', loop)
+  evidence.run('small', tmp_path, 'a machine')
+  (lessons, folder), config = done
+  assert lessons == scratch_config.get_config(experiment.decoder)
+  assert config.model == str(folder / from_scratch.MODEL_FOLDER) and not config.warm_episodes
+  assert {key: config[key] for key in scratch_config._OF_THE_LOOP} == {
+    key: lessons[key] for key in scratch_config._OF_THE_LOOP}
 
 
 def test_a_wrong_name_is_one_sentence(tmp_path):
