@@ -26,8 +26,8 @@ _META = 'index.json'
 _KEYS = 'keys.npy'
 _ASSETS = 'scann'
 _RECALL_QUERIES = 200
-# Queries that approx_max_k scores at a time: 64 of them against a million keys are 256 MB.
-_DEVICE_QUERIES = 64
+# Queries that are scored at a time: 64 of them against a million keys are 256 MB.
+_BLOCK_QUERIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +83,17 @@ def exact_search(keys: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndar
   Returns:
     ids int32 [Q, min(k, N)] and scores float32 of the same shape.
   """
-  scores = queries.astype(np.float32) @ keys.astype(np.float32).T
-  ids = np.argsort(-scores, axis=1, kind='stable')[:, :k].astype(np.int32)
-  return ids, np.take_along_axis(scores, ids, axis=1).astype(np.float32)
+  keys, queries = np.asarray(keys, np.float32), np.asarray(queries, np.float32)
+  k = min(k, len(keys))
+  ids = np.zeros((len(queries), k), np.int32)
+  best = np.zeros((len(queries), k), np.float32)
+  for start in range(0, len(queries) if k else 0, _BLOCK_QUERIES):
+    for row, scores in enumerate(queries[start:start + _BLOCK_QUERIES] @ keys.T, start):
+      # Only what can be among the k is sorted; all that equals the k-th is, so that ties are exact.
+      near = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+      ids[row] = near[np.argsort(-scores[near], kind='stable')[:k]]
+      best[row] = scores[ids[row]]
+  return ids, best
 
 
 class VectorIndex:
@@ -311,8 +319,8 @@ class _DeviceSearcher:
   ) -> tuple[np.ndarray, np.ndarray]:
     """ids int32 [Q, K] and scores float32 [Q, K], best first."""
     parts = [
-      self._nearest(self._keys, queries[start:start + _DEVICE_QUERIES], k=final_num_neighbors)
-      for start in range(0, len(queries), _DEVICE_QUERIES)]
+      self._nearest(self._keys, queries[start:start + _BLOCK_QUERIES], k=final_num_neighbors)
+      for start in range(0, len(queries), _BLOCK_QUERIES)]
     scores, ids = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(2))
     return ids, scores
 

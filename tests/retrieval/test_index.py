@@ -2,8 +2,11 @@
 
 import shutil
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis.extra.numpy import arrays
 
 from data import errors
 from retrieval import index as index_lib
@@ -31,6 +34,18 @@ def test_empty_bank_and_no_queries():
   empty = index_lib.VectorIndex.build(np.zeros((0, 8)))
   assert empty.search(_vectors(2, 8), 3)[0].shape == (2, 0)
   assert index_lib.VectorIndex.build(_vectors(4)).search(np.zeros((0, 32)), 2)[0].shape == (0, 2)
+
+
+@hypothesis.given(st.data())
+def test_exact_search_is_a_full_sort(data):
+  keys, queries = (
+    data.draw(arrays(np.float32, (data.draw(st.integers(1, rows)), 3), elements=st.sampled_from(
+      [-1.0, 0.0, 0.5, 1.0]))) for rows in (12, 90))
+  k = data.draw(st.integers(0, 14))
+  ids, scores = index_lib.exact_search(keys, queries, k)
+  wanted = np.argsort(-(queries @ keys.T), axis=1, kind='stable')[:, :k]
+  assert ids.tolist() == wanted.tolist() and ids.dtype == np.int32
+  np.testing.assert_array_equal(scores, np.take_along_axis(queries @ keys.T, wanted, axis=1))
 
 
 def test_equal_keys_come_in_the_order_of_their_ids():
