@@ -87,6 +87,13 @@ def _option_value(text: str) -> Any:
   return text
 
 
+def check_split(suite: envs_base.Suite, split: str) -> None:
+  """Raises errors.UserError for a split that the suite does not have."""
+  if split not in suite.splits:
+    raise errors.UserError(
+      f'{suite.name} has no split {split!r}; it has {", ".join(suite.splits)}.')
+
+
 def choose_tasks(
   suite: envs_base.Suite, split: str, count: int, skip: int = 0
 ) -> list[envs_base.Task]:
@@ -95,9 +102,7 @@ def choose_tasks(
   Raises:
     errors.UserError: the split does not exist, or there are fewer tasks.
   """
-  if split not in suite.splits:
-    raise errors.UserError(
-      f'{suite.name} has no split {split!r}; it has {", ".join(suite.splits)}.')
+  check_split(suite, split)
   if min(count, skip) < 0:
     raise errors.UserError('episodes and skip must not be negative.')
   tasks = suite.tasks(split)

@@ -10,6 +10,7 @@
   paper     the paper's setting in full: ALFWorld's own games, ReAct, 1,200 training tasks, k = 3,
             LoRA rank 64, no warm start. The default of every other name of models/registry.py.
   alfworld  SmolLM2-135M on ALFWorld's own games, warm-started on 240 expert episodes of them.
+  webshop   SmolLM2-135M in the generated shop, warm-started on 72 trips of the scripted shopper.
 
 `--dry_run` walks every stage of either with a shrunken random model and a few games.
 """
@@ -20,7 +21,7 @@ from configs import common
 from data import errors
 
 DEFAULTS = dict(
-  setting='',  # demo, paper, alfworld; '' is the model's own
+  setting='',  # demo, paper, alfworld, webshop; '' is the model's own
   model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # weights: '' published, 'random', or a path
   tokenizer='',
@@ -142,7 +143,26 @@ ALFWORLD = dict(
   row_len=1024,
 )
 
-SETTINGS = {'demo': {}, 'paper': PAPER, 'alfworld': ALFWORLD}
+# The generated shop: five categories, 15 steps a trip. A trip is 1,700 tokens, most of them pages.
+WEBSHOP = dict(
+  env='webshop',
+  eval_split='test',
+  task_types='',
+  warm_skills='official',
+  loop_skills='official',
+  env_options='',
+  train_games=48,
+  eval_games=48,
+  max_env_steps=15,
+  max_calls=18,
+  max_new_tokens=48,
+  max_context=3072,
+  warm_episodes=72,
+  epochs=2.0,
+  row_len=2048,
+)
+
+SETTINGS = {'demo': {}, 'paper': PAPER, 'alfworld': ALFWORLD, 'webshop': WEBSHOP}
 
 HELP_KEYS = (
   'setting', 'model', 'base', 'data', 'train_games', 'eval_games', 'agent', 'k', 'writer')

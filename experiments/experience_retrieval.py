@@ -322,6 +322,7 @@ class Experiment(stages.Stages):
   def run(self) -> dict[str, Any]:
     """All stages; returns and writes summary.json."""
     c = self.config
+    stages.check_splits(c, c.easy_skills)
     workdir_lib.open_workdir(
       self.workdir, {**c.to_dict(), 'dry_run': self.dry}, free_keys=_FREE_KEYS)
     predicted = stages.predicted(self.workdir, {'evaluate': c.evaluate}, self.predict)

@@ -207,6 +207,7 @@ class Loop(stages.Stages):
     """All stages; returns and writes summary.json."""
     c = self.config
     rows = evaluation_rows.parse(c.evaluate)
+    stages.check_splits(c, c.loop_skills)
     workdir_lib.open_workdir(
       self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)}, free_keys=_FREE_KEYS)
     predicted = stages.predicted(

@@ -105,6 +105,15 @@ def check_data(data: str) -> None:
       'give data=FOLDER or data=generated.')
 
 
+def check_splits(config: Any, skills: str) -> None:
+  """Raises errors.UserError where the environment lacks a split that a late stage plays."""
+  values = {key: config[key] for key in rollout_config.DEFAULTS if key in config}
+  suite = rollout.make_suite(rollout_config.make({**values, 'skills': skills, 'episodes': 1}))
+  for key in ('train_split', 'eval_split', 'validation_split'):
+    if config.get(key):
+      rollout.check_split(suite, config[key])
+
+
 def predicted(
   workdir: pathlib.Path, free: dict[str, Any], predict: Callable[[], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:

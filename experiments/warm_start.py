@@ -15,6 +15,7 @@ from agents import expert_episodes, runner
 from agents import memory as memory_lib
 from data import errors, trajectory
 from data.tokenizer import Tokenizer
+from envs import base as envs_base
 from envs import household, household_skills
 from envs.base import Suite, Task
 from retrieval import hint_rules
@@ -93,9 +94,10 @@ def play(
   def one(task: Task) -> trajectory.Episode:
     rng = random.Random(f'warm start {seed} {task.id}')
     memory, told = memory_lib.NO_MEMORY, []
-    if rng.random() < hint_share:
-      memory, told = hint_block(
-        task, suite.rules(task), rng, k=k, rule_share=rule_share, seed=seed)
+    # Where no rules govern the tasks (a shop's) there is none to tell.
+    rules = envs_base.rules_of(suite, task)
+    if rules and rng.random() < hint_share:
+      memory, told = hint_block(task, rules, rng, k=k, rule_share=rule_share, seed=seed)
     return expert_episodes.expert_episode(
       suite, task, tokenizer, spec, labels, memory=memory, known_rules=told)
 

@@ -240,7 +240,8 @@ def test_the_budget_is_predicted_once(tmp_path):
   ('train_games=0', 'at least 1'), ('writer=none', 'no hint writer'),
   ('model=qwen25_7b', 'that variable is not set'),
   ('model=qwen25_7b,data=generated', 'OPENAI_API_KEY'),
-  ('writer=openai,hint_base_url=http://127.0.0.1:1/v1', '--model')])
+  ('writer=openai,hint_base_url=http://127.0.0.1:1/v1', '--model'),
+  ('setting=webshop,eval_split=valid_unseen', 'has train, valid, test')])
 def test_bad_input_is_one_sentence(config, words, tmp_path):
   command = _command(config, tmp_path / 'run')
   command.remove('--dry_run')
