@@ -28,10 +28,11 @@ from configs import rollout as config_lib
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
 from envs import base as envs_base
+from envs import workers
 from retrieval import experience as experience_lib
 
 # Keys that may differ when a run is continued: they change how fast it goes, not what is played.
-_FREE_KEYS = ('slots', 'decode_steps')
+_FREE_KEYS = ('slots', 'decode_steps', 'env_workers', 'env_timeout')
 
 
 def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
@@ -58,22 +59,47 @@ def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
       # As many games as are played; few-shot examples come from all of the training split.
       'num_train': 0 if config.few_shots else count, 'num_valid': count,
       **options}
-    return envs.get_suite(config.env, data=config.data, **options)
-  # One's own: it gets of the general keys those that it takes.
+    return _in_workers(config, options)
+  # Another one gets of the general keys those that it takes.
   taken = envs_base.option_names(envs_base.suite_maker(config.env))
   if 'seed' in taken:
     options = {'seed': config.env_seed, **options}
+  if 'num_tasks' in taken and not config.few_shots and config.episodes:
+    options = {'num_tasks': config.skip + config.episodes, **options}
   for key in ('skills', 'task_types'):
-    if config[key] != config_lib.DEFAULTS[key]:
+    if config[key] == config_lib.DEFAULTS[key]:
+      continue
+    if key not in taken:
       raise errors.UserError(
         f'{key}={config[key]} is for env=household; give {config.env} its options with '
         'env_options=key:value.')
-  suite = envs.get_suite(config.env, data=config.data, **options)
+    options = {key: config[key], **options}
+  suite = _in_workers(config, options)
   if (config.agent == 'expert' or config.few_shots) and not hasattr(suite, 'expert'):
     raise errors.UserError(
       f'agent=expert and few_shots need a scripted expert, and {config.env} has none; give it a '
       'method expert(task, known_rules).')
   return suite
+
+
+def _in_workers(config: ml_collections.ConfigDict, options: dict[str, Any]) -> envs_base.Suite:
+  """The suite of these options, its environments in processes of their own where config says so."""
+  options = {'data': config.data, **options}
+  suite = envs.get_suite(config.env, **options)
+  if config.env_workers < -1:
+    raise errors.UserError('env_workers must be -1 (as the environment needs), 0 or more.')
+  environments = 1 if config.agent == 'expert' else config.slots
+  count = config.env_workers
+  if count < 0:
+    count = workers.default_workers(suite, environments)
+  if not count:
+    return suite
+  if getattr(suite, 'exclusive', False) and count < environments:
+    raise errors.UserError(
+      f'{suite.name} needs a worker for each of the slots={environments}; set env_workers to as '
+      'many (or to -1), or take fewer slots.')
+  return workers.WorkerSuite(
+    suite, config.env, options, workers=count, timeout=config.env_timeout)
 
 
 def _option_value(text: str) -> Any:
@@ -239,6 +265,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
         episodes = play(tasks, memories=memories)
   finally:
     clock.save()
+    if close := getattr(suite, 'close', None):
+      close()
 
   # 5. The row.
   row = summary.row(
@@ -246,7 +274,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
     policy=policy, memory=config.memory, split=config.split, seed=config.seed)
   workdir_lib.write_json(workdir / 'summary.json', {
     'rows': [row], 'paired': [], 'wall_s': {'rollout': clock.seconds()},
-    'engine': {} if expert else engine.stats.as_dict(), 'versions': summary.versions()})
+    'engine': {} if expert else engine.stats.as_dict(), 'versions': summary.versions(),
+    'env_workers': suite.summary() if isinstance(suite, workers.WorkerSuite) else {}})
   show(workdir, row)
 
 
@@ -320,6 +349,8 @@ def show(workdir: pathlib.Path, row: dict[str, Any]) -> None:
   print(summary.table([row]))
   if dropped := row.get('memory_dropped_mean'):
     print(f'{dropped:.2f} experiences an episode did not fit into memory_tokens')
+  if restarts := row.get('env_restarts'):
+    print(f'{restarts} time(s) an episode was played again: the process of its environment died')
   print('ended by: ' + ', '.join(f'{name} {n}' for name, n in row['terminations'].items()))
   print(f'episodes in {workdir / trajectory.JOURNAL_NAME}', file=sys.stderr)
 

@@ -25,7 +25,7 @@ from agents import memory as memory_lib
 from data import errors, trajectory
 from data import text as text_lib
 from data.tokenizer import Tokenizer
-from envs.base import FAULTS, Environment, Task
+from envs.base import FAULTS, Environment, Limits, Task, limits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,12 @@ class AgentSpec:
     format: name of a reply format (`agents.formats`).
     layout: order of the prompt's parts (`agents.prompts.LAYOUTS`).
     style: of the system prompt (`agents.prompts.STYLES`).
-    max_env_steps: environment steps; the next one is not taken ('step_limit').
-    max_calls: model calls, thoughts and invalid replies included ('call_limit').
-    max_repeats: the same reply with the same answer this many times ends it ('repetition').
+    max_env_steps: environment steps; the next one is not taken ('step_limit'). 0 is the limit of
+      the environment itself.
+    max_calls: model calls, thoughts and invalid replies included ('call_limit'). 0 is 100, or
+      two for each environment step where that is more.
+    max_repeats: the same reply with the same answer this many times ends it ('repetition'). 0 is
+      the limit of the environment itself.
     max_new_tokens: sampled tokens a call; 0 is the format's own limit.
   """
 
@@ -55,8 +58,8 @@ class AgentSpec:
       object.__setattr__(self, 'max_new_tokens', formats.get_format(self.format).max_tokens)
     prompts.check(self.layout, self.style)
     for name in ('max_env_steps', 'max_calls', 'max_repeats', 'max_new_tokens'):
-      if getattr(self, name) < 1:
-        raise errors.UserError(f'{name} must be at least 1, not {getattr(self, name)}.')
+      if getattr(self, name) < 0:
+        raise errors.UserError(f'{name} must not be negative, and is {getattr(self, name)}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,8 @@ class EpisodeRun:
     done: whether it has ended.
     first_observation: what the environment said at reset.
     error: what an environment exception said, '' without one.
+    max_env_steps, max_calls, max_repeats: the limits of this episode: the agent's, or from `start`
+      on the environment's.
   """
 
   def __init__(
@@ -101,6 +106,7 @@ class EpisodeRun:
     self._environment: Environment | None = None
     self._tokenizer = tokenizer
     self._spec = spec
+    self._take_limits(Limits())
     self._labels = labels
     self._format = formats.get_format(spec.format)
     self._templates = action_templates
@@ -127,6 +133,7 @@ class EpisodeRun:
     self._started_at = time.perf_counter()
     try:
       self._environment = self._make_environment(self.task)
+      self._take_limits(limits_of(self._environment))
       self.first_observation = _text(self._environment.reset())
     except errors.UserError:
       raise
@@ -138,6 +145,12 @@ class EpisodeRun:
     self._logprobs = [0.0] * len(prompt.tokens)
     self._prompt_len = len(prompt.tokens)
     self._note_memory()
+
+  def _take_limits(self, limits: Limits) -> None:
+    spec = self._spec
+    self.max_env_steps = spec.max_env_steps or limits.steps
+    self.max_calls = spec.max_calls or max(100, 2 * self.max_env_steps)
+    self.max_repeats = spec.max_repeats or limits.repeats
 
   def remember(self, memory: memory_lib.Memory) -> None:
     """Takes a memory for the calls to come; nothing is rendered where it finds the same again."""
@@ -226,11 +239,11 @@ class EpisodeRun:
     self._answers[(parsed.action or reply.strip(), step.observation)] += 1
     if ended:
       self._end(ended)
-    elif self._counts['env_steps'] >= self._spec.max_env_steps:
+    elif self._counts['env_steps'] >= self.max_env_steps:
       self._end('step_limit')
-    elif len(self._steps) >= self._spec.max_calls:
+    elif len(self._steps) >= self.max_calls:
       self._end('call_limit')
-    elif max(self._answers.values()) >= self._spec.max_repeats:
+    elif max(self._answers.values()) >= self.max_repeats:
       self._end('repetition')
     else:
       self._extend('observation', prompts.next_turn(self._tokenizer, step.observation, tokens))
@@ -258,12 +271,14 @@ class EpisodeRun:
       agent=self._spec.format, memory=self._memory.kind, model=self._labels.model,
       tokenizer=self._tokenizer.fingerprint, tokens=self._tokens, kinds=self._kinds,
       logprobs=self._logprobs, steps=self._steps, success=success,
-      score=1.0 if success else min(1.0, max(0.0, self._reward)),
+      # A win that brought no reward at all is worth the whole of it.
+      score=min(1.0, max(0.0, self._reward)) if self._reward else float(success),
       termination=self._termination, retrieved=self._shown,
       env_steps=self._counts['env_steps'], model_calls=len(self._steps),
       invalid_actions=self._counts['invalid_actions'],
       repeated_noops=self._counts['repeated_noops'],
       retrieval_tokens=self._retrieval_tokens, memory_dropped=self._dropped,
+      env_restarts=getattr(self._environment, 'restarts', 0),
       wall_s=self._ended_at - self._started_at, **total)
 
   @property

@@ -16,17 +16,14 @@ from data import errors, trajectory
 from data.tokenizer import Tokenizer
 from envs.base import Decision, Suite, Task
 
-# The expert explores for as long as it takes; the limits of a spec are the model's.
-_EXPERT_STEPS = 50
-
 # Few-shot examples are the shortest of this many solved tasks a type: exploring experts differ by
 # a factor of five in length, and an example is read in every call.
 _EXAMPLE_CANDIDATES = 8
 
 
 def expert_spec(spec: episode_lib.AgentSpec) -> episode_lib.AgentSpec:
-  """`spec` with the limits under which an exploring expert solves its tasks."""
-  return dataclasses.replace(spec, max_env_steps=_EXPERT_STEPS, max_calls=2 * _EXPERT_STEPS)
+  """`spec` with the environment's own limits; those of a spec are the model's."""
+  return dataclasses.replace(spec, max_env_steps=0, max_calls=0, max_repeats=0)
 
 
 def expert_episode(

@@ -294,7 +294,7 @@ def _prediction(engine: Engine, spec: episode_lib.AgentSpec, keeper: _Keeper,
   run.overflow()  # closes its environment; this episode is not kept
   calls = [e.model_calls for e in keeper.before]
   reply = [e.generated_tokens / max(1, e.model_calls) for e in keeper.before]
-  calls = float(np.mean(calls)) if calls else spec.max_env_steps / 2
+  calls = float(np.mean(calls)) if calls else run.max_env_steps / 2
   reply = float(np.mean(reply)) if reply else formats.get_format(spec.format).typical_tokens
   new = min(spec.max_new_tokens, math.ceil(reply))
   turn = prompt[:16]

@@ -31,10 +31,12 @@ DEFAULTS = dict(
   split='valid_seen',  # train, valid_seen, valid_unseen
   episodes=0,  # the first N tasks of the split; 0 is all of them
   skip=0,  # tasks of the split that are left out before them
-  task_types='',  # comma list; '' is all
+  task_types='',  # comma list; '' is all; scienceworld: also easy, hard
   skills='official',  # household: the rules of the houses: official, warm, loop, hard, easy
   env_seed=0,  # of generated rules and houses
   env_options='',  # further options of the suite: key:value;key:low-high
+  env_workers=-1,  # processes that run the environments; 0 is this one, -1 as the suite needs
+  env_timeout=120.0,  # seconds in which an environment in a worker has to answer
   # The agent.
   agent='react',  # plain, react, stateact, expert
   expert_format='react',  # the format in which agent=expert writes its replies
@@ -69,9 +71,9 @@ DEFAULTS = dict(
   max_context=2048,
   max_new_tokens=0,  # sampled tokens a call; 0 is the format's own: 32, 64, 192
   decode_steps=8,
-  max_env_steps=50,
-  max_calls=100,
-  max_repeats=4,
+  max_env_steps=0,  # 0 is the environment's own: household 50, webshop 15, scienceworld by task
+  max_calls=0,  # model calls; 0 is 100, or two for each environment step
+  max_repeats=0,  # of a reply with the same answer; 0 is the environment's own, 4 for most
   temperature=0.0,
   seed=0,
 )

@@ -95,6 +95,7 @@ class Episode:
     prompt_tokens, prefilled_tokens, generated_tokens: sums over the calls.
     retrieval_tokens: tokens spent on retrieval itself.
     memory_dropped: experiences left out because the memory block's budget was full.
+    env_restarts: times that it was played again because its environment's process had died.
     wall_s: seconds from reset to end.
   """
 
@@ -127,6 +128,7 @@ class Episode:
   generated_tokens: int = 0
   retrieval_tokens: int = 0
   memory_dropped: int = 0
+  env_restarts: int = 0
   wall_s: float = 0.0
 
   def __post_init__(self):

@@ -78,6 +78,7 @@ def row(
     'retrieval_tokens_mean': mean('retrieval_tokens'),
     'memory_dropped_mean': mean('memory_dropped'),
     'invalid_actions_mean': mean('invalid_actions'),
+    'env_restarts': sum(e.env_restarts for e in episodes),
     'terminations': dict(sorted(collections.Counter(e.termination for e in episodes).items())),
   }
 

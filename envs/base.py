@@ -60,6 +60,23 @@ class StepResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class Limits:
+  """What an environment allows an episode where the agent's own limits say nothing.
+
+  Attributes:
+    steps: environment steps.
+    repeats: the same reply with the same answer; more where waiting is part of the game.
+  """
+
+  steps: int = 50
+  repeats: int = 4
+
+
+class EngineDied(RuntimeError):
+  """The program behind an environment died or hangs; a worker that meets it is replaced."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
   """A scripted expert's move: an action and the one sentence that explains it."""
 
@@ -68,7 +85,10 @@ class Decision:
 
 
 class Environment(Protocol):
-  """One running task instance."""
+  """One running task instance.
+
+  It may have `limits` of its own (`Limits`) and a method `close`.
+  """
 
   def reset(self) -> str:
     """Starts the episode and returns the first observation (without the goal)."""
@@ -88,7 +108,11 @@ class ScriptedExpert(Protocol):
 
 
 class Suite(Protocol):
-  """A family of tasks in splits."""
+  """A family of tasks in splits.
+
+  `own_process` may say that its environments can crash or leak, so that they run in workers unless
+  told otherwise, and `exclusive` that a process has room for one of them (`envs.workers`).
+  """
 
   name: str
   splits: Sequence[str]
@@ -110,6 +134,11 @@ class Suite(Protocol):
 def rules_of(suite: Suite, task: Task) -> Sequence[Any]:
   """What a suite's expert can be told of a task; nothing where the suite has no rules."""
   return suite.rules(task) if hasattr(suite, 'rules') else ()
+
+
+def limits_of(environment: Environment) -> Limits:
+  """The limits of an environment, the usual ones where it has none."""
+  return getattr(environment, 'limits', None) or Limits()
 
 
 def suite_maker(name: str) -> Callable[..., Suite]:

@@ -112,6 +112,7 @@ class HouseholdSuite:
     splits: the splits that exist.
     action_templates: one global list of action forms.
     skipped: games on disk that are not offered, counted by reason.
+    own_process: TextWorld's planner is native code that can crash, and grows with every game.
   """
 
   name = 'household'
@@ -171,6 +172,7 @@ class HouseholdSuite:
     if isinstance(precondition_rate, bool) or not isinstance(precondition_rate, (int, float)):
       raise UserError(f'precondition_rate must be a number in 0..1, not {precondition_rate!r}.')
     self._seed, self._skills, self._engine = seed, skills, engine
+    self.own_process = engine == 'textworld'
     self._counts = {'train': num_train, 'valid_seen': num_valid, 'valid_unseen': num_valid}
     self._task_types = _type_names(task_types)
     self._layout = None if data == 'generated' else household_files.find_layout(data)

@@ -19,7 +19,7 @@ from typing import Any
 
 from data.errors import UserError
 from envs import webshop_catalogue, webshop_expert, webshop_generate, webshop_reward, webshop_search
-from envs.base import Environment, StepResult, Task
+from envs.base import Environment, Limits, StepResult, Task
 from envs.webshop_catalogue import Product
 from envs.webshop_reward import Goal
 
@@ -165,6 +165,8 @@ def parse_action(action: str) -> tuple[str, str]:
 
 class WebShopEnvironment:
   """An `Environment`: one goal in a shop."""
+
+  limits = Limits(steps=15)
 
   def __init__(self, shop: Shop, goal: Goal):
     self._shop, self._goal = shop, goal

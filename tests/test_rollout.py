@@ -250,7 +250,7 @@ def test_bad_input_is_one_sentence_on_the_terminal(tmp_path, arg, flags, code, s
   ('base=/nowhere/model.gguf', '/nowhere/model.gguf'),
   ('adapter=/nowhere/adapter', '/nowhere/adapter'),
   ('layout=paper_c', 'paper_c'),
-  ('max_calls=0', 'max_calls'),
+  ('max_calls=-1', 'max_calls'),
   ('env_options=houses', 'key:value'),
   ('env_options=num_thing:3', 'num_things'),
   ('env_options=num_train:abc', "num_train must be a whole number from 0 on (0 is all), not 'abc'"),

@@ -9,8 +9,8 @@ import rollout
 from agents import episode as episode_lib
 from agents import memory, runner
 from configs import rollout as config_lib
-from data import errors, trajectory
-from envs import base, household_suite
+from data import errors, summary, trajectory
+from envs import base, household_suite, workers
 from inference import engine as engine_lib
 from retrieval import hints, select
 from tests.agents import fakes
@@ -118,6 +118,55 @@ def test_a_game_that_does_not_start_stops_no_retrieval(fault):
   starts = fault in ('none', 'cannot be closed')
   assert ('test/lever-1' in found) == starts and len(found) == 3 + starts
   assert all(m.retrieved[0]['text'] == 'Try lever 2.' for m in found.values())
+
+
+HOSTILE = 'tests.envs.hostile:HostileSuite'
+
+
+@pytest.mark.parametrize('once', [True, False])
+def test_an_environment_that_dies_takes_no_run_with_it(tokenizer, tmp_path, capsys, once):
+  config = config_lib.make({
+    'env': HOSTILE, 'slots': 3, 'env_workers': 1,
+    'env_options': 'fault:is killed' + (f';once:{tmp_path / "once"}' if once else '')})
+  suite = rollout.make_suite(config)
+  tasks = suite.tasks('train')
+  replies = ('more', 'now', 'more', 'more', 'more')
+  try:
+    episodes = play(tokenizer, suite, tasks, tmp_path, replies)
+  finally:
+    suite.close()
+  ends = ['success'] * 4
+  if not once:
+    ends[1] = 'env_error'
+  assert [e.termination for e in episodes] == ends
+  assert episodes[1].env_restarts == 1 and suite.summary()['crashed'] == 1 + (not once)
+  shown = capsys.readouterr().err
+  assert ('EnvironmentDied: its worker died twice, the second time as it was killed by signal 9'
+          in shown) == (not once)
+  # The record says it, and so does the summary of the run.
+  kept = {e.task_id: e.env_restarts for e in trajectory.load_episodes(tmp_path)}
+  assert kept == {e.task_id: e.env_restarts for e in episodes}
+  row = summary.row(
+    episodes, id='base', policy='base', memory='none', split='train', seed=0)
+  rollout.show(tmp_path, row)
+  number = sum(kept.values())
+  assert row['env_restarts'] == number and f'{number} time(s) an episode was played again' in (
+    capsys.readouterr().out)
+
+
+def test_which_suites_run_in_workers():
+  make = lambda **values: rollout.make_suite(config_lib.make({'env': HOSTILE, **values}))
+  assert isinstance(make(), workers.WorkerSuite)
+  assert not isinstance(make(env_workers=0), workers.WorkerSuite)
+  assert not isinstance(make(env='household'), workers.WorkerSuite)
+  assert isinstance(make(env='household', env_workers=1), workers.WorkerSuite)
+  assert isinstance(
+    make(env='household', env_options='engine:textworld'), workers.WorkerSuite)
+  with pytest.raises(errors.UserError, match='env_workers'):
+    make(env_workers=-2)
+  with pytest.raises(errors.UserError, match='a worker for each of the slots=4'):
+    make(env_workers=2, slots=4, env_options='exclusive:True')
+  make(env_workers=4, slots=4, env_options='exclusive:True')
 
 
 def broken_problems(problem):
