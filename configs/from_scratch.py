@@ -24,7 +24,7 @@ DEFAULTS = dict(
   mlp_dim=512,
   # The lessons: episodes of scripted experts, in houses whose states have invented names.
   episodes=15000,  # lessons, each in a house of its own
-  drills=20000,  # lists of rules said twice, which teach to look one up
+  drills=20000,  # lists of rules and the replies that follow from them, which teach to look up
   loss_on='action',  # the replies; or all
   **{key: hint_distillation.DEFAULTS[key] for key in _OF_THE_LOOP},
   # The optimizer.

@@ -53,6 +53,16 @@ def parse_goal(instruction: str) -> tuple[str, dict[str, str]]:
   return '', {}
 
 
+def plan_thought(rule: Rule) -> str:
+  """Why the expert goes to a rule's appliance."""
+  return f'To make it {rule.state} I {rule.verb} it with the {rule.appliance}.'
+
+
+def use_thought(rule: Rule) -> str:
+  """Why it does there what it does."""
+  return f'The {rule.appliance} makes it {rule.state}. I {rule.verb} it here.'
+
+
 class Expert:
   """Plays one episode of a household task.
 
@@ -277,7 +287,7 @@ class Expert:
     rule = self._rule_for(state)
     if rule:
       place = self._nearest(rule.appliance)
-      yield from self._go(place, f'To make it {state} I {rule.verb} it with the {rule.appliance}.')
+      yield from self._go(place, plan_thought(rule))
       yield from self._perform(rule, place)
       return
     places = [place for place in self._receptacles if place.split()[0] in APPLIANCES]
@@ -302,5 +312,4 @@ class Expert:
       yield Decision(f'close {place}', f'The {place} must be closed.')
     elif rule.precondition == 'on':
       yield Decision(f'use {place}', f'The {place} must be on.')
-    thought = f'The {rule.appliance} makes it {rule.state}. I {rule.verb} it here.'
-    yield Decision(f'{rule.verb} {self._held} with {place}', thought)
+    yield Decision(f'{rule.verb} {self._held} with {place}', use_thought(rule))

@@ -89,7 +89,7 @@ EXPERIMENTS = {
     'a second size: a decoder of 1.8 million parameters, trained from random weights',
     f'setting=demo,model={{workdir}}/scratch/{from_scratch.MODEL_FOLDER},warm_episodes=0,{_REACT},'
     f'max_new_tokens=40,row_len=1152,sft_examples=matched,evaluate={_CONTROLS}',
-    decoder=f'{_REACT},max_new_tokens=40,row_len=1152,loss_on=all,drills=10000'),
+    decoder=f'{_REACT},max_new_tokens=40,row_len=1152,loss_on=all,episodes=12000,drills=40000'),
   'alfworld': Experiment(
     "ALFWorld's own games: 60 of valid_seen, official rules, 50 steps",
     'setting=alfworld,evaluate=' + _MAIN),

@@ -30,15 +30,15 @@ from absl import flags
 import rollout
 import train
 from agents import episode as episode_lib
-from agents import expert_episodes
+from agents import expert_episodes, formats
 from agents import memory as memory_lib
 from configs import cli
 from configs import rollout as rollout_config
 from data import bpe, errors, summary, trajectory
 from data import workdir as workdir_lib
 from data.tokenizer import Tokenizer
-from envs import household_skills
-from envs.base import Task
+from envs import household_expert, household_games, household_skills
+from envs.base import Decision, Task
 from experiments import warm_start
 from retrieval import hint_rules
 from training import dataset, packing
@@ -149,25 +149,39 @@ class Lessons:
         known_rules=told)
 
 
-def drill(tokenizer: Tokenizer, seed: int, index: int) -> packing.Example:
-  """Some rules as hints, and the same ones again in another order, where the loss is.
+def drill(tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain') -> packing.Example:
+  """Some rules as hints, and for each, in another order, what an expert replies who has read it.
 
-  What follows a state the second time is to be known from the first time alone. An episode asks for
-  that once or twice in 300 tokens; here nearly every token does, and what looks it up forms sooner.
+  An episode asks for a rule once or twice in 300 tokens; here nearly every token of the loss does,
+  and what looks a rule up forms sooner. Before an expert's replies stands the task, without a loss.
   The rules are a warm episode's: no (verb, appliance) pair of the loop's or the hard table.
   """
   key = f'drill {seed} {index}'
   rng = random.Random(key)
   words = invented_states(key)
-  table = household_skills.draw('warm', seed, key)
-  lines = [
-    f'- {hint_rules.rule_hint(words[rule.state], rule.verb, rule.appliance)}\n'
-    for rule in rng.sample(table, rng.randint(*_DRILL_RULES))]
-  first = tokenizer.encode(''.join(lines))
-  rng.shuffle(lines)
-  second = tokenizer.encode(''.join(lines))
-  mask = np.arange(len(first) + len(second)) >= len(first)
-  return packing.Example(np.array(first + second, np.int32), mask, key)
+  rules = [
+    dataclasses.replace(rule, state=words[rule.state])
+    for rule in rng.sample(
+      household_skills.draw('warm', seed, key), rng.randint(*_DRILL_RULES))]
+  hints = [f'- {hint_rules.rule_hint(r.state, r.verb, r.appliance)}\n' for r in rules]
+  pieces = [(''.join(hints), False)]
+  rng.shuffle(rules)
+  reply_format = formats.get_format(agent)
+  for rule in rules:
+    thing, place = rng.choice(household_games.SKILL_THINGS).lower(), f'{rule.appliance} 1'
+    goal = f'make a {rule.state} {thing}.'
+    pieces.append((f'{goal}\n', False))
+    for action, thought in (
+        (f'go to {place}', household_expert.plan_thought(rule)),
+        (f'{rule.verb} {thing} 1 with {place}', household_expert.use_thought(rule))):
+      replies = reply_format.render(Decision(action, thought), goal, ())
+      pieces += [(f'{reply}\n', True) for reply in replies]
+  tokens, mask = [], []
+  for text, loss in pieces:
+    ids = tokenizer.encode(text)
+    tokens += ids
+    mask += [loss] * len(ids)
+  return packing.Example(np.array(tokens, np.int32), np.array(mask), key)
 
 
 def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> Tokenizer:
@@ -312,7 +326,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   if shortest > config.row_len:
     raise errors.UserError(
       f'No episode fits into row_len={config.row_len}; the shortest has {shortest} tokens.')
-  examples += [drill(tokenizer, config.seed, i) for i in range(config.drills)]
+  examples += [drill(tokenizer, config.seed, i, config.agent) for i in range(config.drills)]
   rows = packing.pack(examples, config.row_len)
   if rows.too_long:
     print(f'{len(rows.too_long)} episodes are longer than row_len={config.row_len} and left out.',

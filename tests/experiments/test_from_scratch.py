@@ -234,21 +234,31 @@ def test_reply_accuracy_counts_whole_replies(finished):
   assert accuracy == {'replies': 4 / 7, 'rule': 1 / 2}
 
 
-def test_a_drill_says_each_rule_twice_and_the_loss_is_on_the_second_time(finished):
+@pytest.mark.parametrize('agent', ['plain', 'react'])
+def test_a_drill_s_replies_follow_from_the_rules_it_tells(finished, agent):
   tokenizer = Tokenizer.load(finished[0] / 'tokenizer')
-  first = from_scratch.drill(tokenizer, 0, 0)
-  assert (first.tokens == from_scratch.drill(tokenizer, 0, 0).tokens).all()
+  first = from_scratch.drill(tokenizer, 0, 0, agent)
+  assert (first.tokens == from_scratch.drill(tokenizer, 0, 0, agent).tokens).all()
   pairs = {(r.verb, r.appliance) for pool in ('loop', 'hard')
            for r in household_skills.draw(pool, 0)}
   for index in range(8):
-    example = from_scratch.drill(tokenizer, 0, index)
-    half = example.loss_mask.argmax()
-    assert example.loss_mask[half:].all()
-    told, asked = (
-      tokenizer.decode(part).splitlines() for part in np.split(example.tokens, [half]))
-    said = re.findall(r', (\w+) it with the (\w+)', '\n'.join(told))
-    assert len(said) == len(told) and not pairs & set(said)
-    assert sorted(told) == sorted(asked) and 1 <= len(set(told)) == len(told) <= 4
+    example = from_scratch.drill(tokenizer, 0, index, agent)
+    starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
+    told, *parts = (tokenizer.decode(part) for part in np.split(example.tokens, starts))
+    rules = re.findall(r'- To make {object} (\w+), (\w+) it with the (\w+)\.\n', told)
+    # Each rule is told once and asked for once; only the replies have a loss.
+    replies = parts[::2]
+    goals = re.findall(r'make a (\w+) (\w+)\.\n', told + ''.join(parts[1::2]))
+    assert sorted(state for state, _ in goals) == sorted(rule[0] for rule in rules)
+    assert 1 <= len(rules) == len(replies) <= 4 and not pairs & {rule[1:] for rule in rules}
+    assert not example.loss_mask[0] and example.loss_mask[-1]
+    known = {state: rest for state, *rest in rules}
+    for (state, thing), reply in zip(goals, replies, strict=True):
+      verb, appliance = known[state]
+      lines = reply.splitlines()
+      assert lines[-1] == f'{verb} {thing} 1 with {appliance} 1'
+      assert (f'think: To make it {state} I {verb} it with the {appliance}.' in lines) == (
+        agent == 'react')
 
 
 @pytest.mark.parametrize('vocab_size', [bpe.MIN_VOCABULARY, 300])
