@@ -257,8 +257,46 @@ def _shop_state(history: Sequence[Turn]) -> tuple[str, list[str]]:
   return location, selection
 
 
+class ScienceStateAct(StateAct):
+  """StateAct in ScienceWorld: rooms, and what is carried, as its answers tell."""
+
+  name = 'stateact_scienceworld'
+
+  def _values(
+    self, decision: Decision, goal: str, history: Sequence[Turn]
+  ) -> dict[str, str]:
+    visited, inventory = _science_state(history)
+    return {
+      **super()._values(decision, goal, ()),
+      'locations visited': ', '.join(dict.fromkeys(visited)) or 'none',
+      'current location': visited[-1] if visited else 'where I started',
+      'current inventory': ', '.join(inventory) or 'nothing'}
+
+
+_ROOM = re.compile(
+  r'(?:You (?:move|teleport) to the |This (?:room|\w+ location) is called the )([\w ]+)\.')
+_MOVED = re.compile(r'You move the (.+) to the (.+)\.')
+
+
+def _science_state(history: Sequence[Turn]) -> tuple[list[str], list[str]]:
+  """Rooms in the order in which they were entered, and what is carried."""
+  visited: list[str] = []
+  inventory: list[str] = []
+  for turn in history:
+    if match := _ROOM.match(turn.observation):
+      if visited[-1:] != [match[1]]:
+        visited.append(match[1])
+    elif match := _MOVED.match(turn.observation):
+      if match[1] in inventory:
+        inventory.remove(match[1])
+      if match[2] == 'inventory':
+        inventory.append(match[1])
+  return visited, inventory
+
+
 FORMATS: dict[str, type] = {
-  cls.name: cls for cls in (Plain, ReAct, StateAct, ShopReAct, ShopStateAct)}
+  cls.name: cls
+  for cls in (Plain, ReAct, StateAct, ShopReAct, ShopStateAct, ScienceStateAct)}
 
 
 def name_for(agent: str, env: str) -> str:

@@ -11,9 +11,12 @@
   household  generated games of ALFWorld's own six task types, three of them easy.
   alfworld   SmolLM2-135M on ALFWorld's own games, the paper's split by task type.
   paper      the paper's setting in full. The default of every other name of models/registry.py.
+  scienceworld        SmolLM2-135M on ScienceWorld, its task types split into 17 and 13.
+  scienceworld_paper  likewise the paper's setting in full, at most 5 variations a task in the test.
 
 `recipe` is a set of training defaults likewise: ours; paper (rank 8, attention only, constant
-rate); earlier, that of earlier agent training (full sequence, one epoch, arXiv 2510.01375).
+rate) and paper_scienceworld (for more epochs); earlier, that of earlier agent training (full
+sequence, one epoch, arXiv 2510.01375).
 `--dry_run` walks every stage with a shrunken random model and a few games.
 """
 
@@ -32,8 +35,8 @@ _DEMO_ROWS = (
   'exprag_lora_dropout')
 
 DEFAULTS = dict(
-  setting='',  # demo, houses, household, alfworld, paper; '' is the model's own
-  recipe='ours',  # ours, paper, earlier
+  setting='',  # demo, houses, household, alfworld, paper, scienceworld...; '' is the model's own
+  recipe='ours',  # ours, paper, paper_scienceworld, earlier
   model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # weights: '' published, 'random', or a path
   tokenizer='',
@@ -138,6 +141,26 @@ _OFFICIAL = dict(
   failure_steps=20,
 )
 
+# Which task types are easy and which hard: envs/scienceworld.py, by what rule where the paper does
+# not say it. A task's own limits hold: 30 to 480 environment steps.
+_SCIENCEWORLD = dict(
+  env='scienceworld',
+  easy_skills='official',
+  hard_skills='official',
+  validation_skills='',
+  easy_types='easy',
+  hard_types='hard',
+  env_options='test_variations:5',
+  eval_split='test',
+  validation_split='dev',
+  evaluate=_ALL_ROWS,
+  error_rate=0.1,
+  max_env_steps=0,
+  max_calls=0,
+  failure_steps=500,
+  max_new_tokens=32,
+)
+
 SETTINGS = {
   'demo': {},
   'houses': dict(
@@ -158,15 +181,25 @@ SETTINGS = {
     eval_split='valid_unseen', validation_split='valid_seen', prompt='full', failures=0.0,
     experience_retrieval='qwen3_embedding', experience_format='chat',
     max_calls=100, max_new_tokens=32, max_context=16384, row_len=8192, slots=64),
+  'scienceworld': dict(
+    _SCIENCEWORLD, index_games=85, eval_games=65, teacher_games=65, epochs=4.0,
+    max_context=8192, row_len=4096, slots=8),
+  'scienceworld_paper': dict(
+    _SCIENCEWORLD, recipe='paper_scienceworld', index_games=0, eval_games=0, teacher_games=0,
+    prompt='full', failures=0.0, experience_retrieval='qwen3_embedding',
+    experience_format='chat', max_context=32768, row_len=16384, slots=32),
 }
+
+# arXiv 2603.18272; 9 epochs on ALFWorld, 29 on ScienceWorld.
+_PAPER = dict(
+  rank=8, alpha=16.0, dropout=0.1, targets='q,k,v,o', learning_rate=5e-5, schedule='constant',
+  warmup_fraction=0.0, weight_decay=0.0, loss_on='action', epochs=9.0, batch_rows=2,
+  grad_accum=4, candidates=9)
 
 RECIPES = {
   'ours': {},
-  # arXiv 2603.18272; 9 epochs on ALFWorld, 29 on ScienceWorld.
-  'paper': dict(
-    rank=8, alpha=16.0, dropout=0.1, targets='q,k,v,o', learning_rate=5e-5, schedule='constant',
-    warmup_fraction=0.0, weight_decay=0.0, loss_on='action', epochs=9.0, batch_rows=2,
-    grad_accum=4, candidates=9),
+  'paper': _PAPER,
+  'paper_scienceworld': {**_PAPER, 'epochs': 29.0, 'candidates': 10},
   # arXiv 2510.01375.
   'earlier': dict(
     rank=64, alpha=128.0, dropout=0.1, targets='q,k,v,o,gate,up,down', learning_rate=2e-4,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from data.errors import UserError
 
-SUITES = ('household', 'webshop')
+SUITES = ('household', 'webshop', 'scienceworld')
 # What a broken environment may raise: it ends its own episode and not the run. Planners that were
 # programs call sys.exit.
 FAULTS = (Exception, SystemExit)
@@ -159,6 +159,9 @@ def suite_maker(name: str) -> Callable[..., Suite]:
   if name == 'webshop':
     from envs.webshop import WebShopSuite
     return WebShopSuite
+  if name == 'scienceworld':
+    from envs.scienceworld import ScienceWorldSuite
+    return ScienceWorldSuite
   if not colon or not module_name or not attribute:
     raise UserError(
       f'Unknown environment {name!r}; there is {", ".join(SUITES)}, or your own as MODULE:NAME.')

@@ -307,6 +307,10 @@ class _Worker:
     self._connection = multiprocessing.connection.Connection(ours.detach())
     self._connection.send(recipe)
 
+  @property
+  def pid(self) -> int:
+    return self._process.pid
+
   def ask(self, operation: str, key: int, *arguments: Any, timeout: float) -> Any:
     """What an environment answers.
 

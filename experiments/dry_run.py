@@ -33,10 +33,14 @@ def shrink_experience(config):
     print(f'{config.data} is not there: the dry run plays generated official games.', flush=True)
     config.data = 'generated'
     config.env_options = 'num_receptacles:6-8'
+  own_limits = config.max_env_steps == 0
   small = dict(
     _SMALL, index_games=8, teacher_games=4, validation_games=2, validation_skip=0, epochs=1.0,
     candidates=min(2, config.candidates), grow=2)
   config.update({key: value for key, value in small.items() if key in config})
+  if own_limits:
+    # An expert may need more than a few steps; the model's calls are few in any case.
+    config.max_env_steps = 0
   return config
 
 

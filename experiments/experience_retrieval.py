@@ -113,7 +113,8 @@ class Experiment(stages.Stages):
     """The expert's episodes on training tasks of a kind, as a bank with its index."""
     c = self.config
     chosen = {**self.tasks_of(kind), **self.memory_keys(''), 'split': c.train_split,
-              'agent': 'expert', 'expert_format': c.agent, 'expert_knows_rules': True}
+              'agent': 'expert', 'expert_format': c.agent, 'expert_knows_rules': True,
+              'max_calls': 0}
     played = self.play(folder / 'expert', episodes=c.index_games, **chosen)
     runs = [(folder / 'expert', played)]
     if errs := round(c.failures * len(played)):

@@ -1,7 +1,8 @@
-"""How much faster our household engine is than TextWorld, measured on the same games in one run.
+"""How fast the environments are: our household engine against TextWorld, then each by itself.
 
   python -m experiments.bench.envs      # writes experiments/results/bench_envs.json
 
+First, our engine and TextWorld on the same games in one run (--games=0 leaves it out).
 The games are ALFWorld's training games where `HINTSIGHT_DATA` (or --data) names them, otherwise
 generated ones of the same six types. Both engines do the same work behind the same interface, game
 by game in turns: load and reset; then, per step, the answer and the list of admissible commands,
@@ -9,6 +10,11 @@ which TextWorld makes unasked. Their answers are compared.
 
 Rates are per second of CPU time: a step of ours is so short that, beside another program,
 only TextWorld's would be interrupted.
+
+Then steps a second, load time and memory of household, TextWorld, WebShop and ScienceWorld behind
+the same workers, in one process and in one for each core (--rows names them, '' leaves them out),
+and WebShop's catalogue at size (--catalogue=0 leaves it out). These are wall-clock times: they want
+a machine that does nothing else.
 """
 
 import collections
@@ -32,12 +38,13 @@ from configs import cli
 from data import errors, summary
 from data import workdir as workdir_lib
 from envs.base import Environment, StepResult, Suite, Task
+from experiments.bench import env_rows
 
 ENGINES = ('fast', 'textworld')
 MEASURES = ('load', 'steps')
 OUT = pathlib.Path(__file__).parents[1] / 'results' / 'bench_envs.json'
 _NAMES = {'fast': 'ours', 'textworld': 'TextWorld'}
-_PACKAGES = ('textworld', 'alfworld', 'fast-downward-textworld', 'numpy')
+_PACKAGES = ('textworld', 'alfworld', 'fast-downward-textworld', 'scienceworld', 'bm25s', 'numpy')
 _SPLIT = 'train'
 _RESAMPLES = 10_000
 
@@ -159,7 +166,8 @@ def table(record: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def main(_) -> None:
+def compare() -> dict[str, Any]:
+  """The record of our engine against TextWorld, of the command's flags."""
   values = flags.FLAGS
   data = values.data or os.environ.get('HINTSIGHT_DATA') or 'generated'
   # One game more than is measured: the first loads the packages and says how long the rest takes.
@@ -191,12 +199,30 @@ def main(_) -> None:
     'games': kind,
     'task_types': dict(sorted(collections.Counter(task.task_type for task in tasks).items())),
     'wall_s': time.perf_counter() - start,
-    'measured': {
-      'command': shlex.join(['python', '-m', 'experiments.bench.envs', *sys.argv[1:]]),
-      'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'date': datetime.date.today().isoformat(),
-      'versions': summary.versions(_PACKAGES),
-    },
+  }
+  print(table(record), flush=True)
+  return record
+
+
+def main(_) -> None:
+  values = flags.FLAGS
+  rows = [row for row in values.rows if row]
+  if unknown := [row for row in rows if row not in env_rows.ROWS]:
+    raise errors.UserError(
+      f'--rows knows no {", ".join(unknown)}; there are {", ".join(env_rows.ROWS)}.')
+  record = compare() if values.games else {}
+  if rows:
+    record['rows'] = env_rows.measure_rows(
+      rows, games=values.row_games, steps=values.row_steps, rounds=values.row_rounds,
+      processes=values.processes or os.cpu_count() or 1)
+  if values.catalogue:
+    record['catalogue'] = env_rows.measure_catalogue(values.catalogue)
+    print(env_rows.catalogue_table(record['catalogue']), flush=True)
+  record['measured'] = {
+    'command': shlex.join(['python', '-m', 'experiments.bench.envs', *sys.argv[1:]]),
+    'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+    'date': datetime.date.today().isoformat(),
+    'versions': summary.versions(_PACKAGES),
   }
   path = pathlib.Path(values.out)
   try:
@@ -205,8 +231,8 @@ def main(_) -> None:
   except OSError as error:
     raise errors.UserError(
       f'{path} cannot be written ({error.strerror}); take another --out.') from error
-  print(f'{table(record)}\n{path}')
-  if not record['reached']:
+  print(path)
+  if not record.get('reached', True):
     sys.exit(1)
 
 
@@ -214,9 +240,18 @@ def define_flags() -> None:
   """Flags of the command; not defined on import, since tests import this module."""
   flags.DEFINE_string(
     'data', '', "Folder of ALFWorld's games, or 'generated'; HINTSIGHT_DATA by default.")
-  flags.DEFINE_integer('games', 60, 'Games; the six task types take turns.', lower_bound=1)
+  flags.DEFINE_integer(
+    'games', 60, 'Games of the comparison; the six task types take turns; 0 for none.',
+    lower_bound=0)
   flags.DEFINE_integer('steps', 60, 'Random admissible commands per game.', lower_bound=1)
   flags.DEFINE_float('min_ratio', 300.0, 'Exit code 1 where ours is not so many times faster.')
+  flags.DEFINE_list('rows', list(env_rows.ROWS), 'Environments that are measured by themselves.')
+  flags.DEFINE_integer('row_games', 30, 'Games of each of them.', lower_bound=1)
+  flags.DEFINE_integer('row_steps', 60, "The expert's actions per game, at most.", lower_bound=1)
+  flags.DEFINE_integer('row_rounds', 3, 'Times that the games are played.', lower_bound=1)
+  flags.DEFINE_integer('processes', 0, 'Of the pooled rows; 0 is one for each core.', lower_bound=0)
+  flags.DEFINE_integer(
+    'catalogue', 200_000, "Products of WebShop's catalogue at size; 0 for none.", lower_bound=0)
   flags.DEFINE_string('out', str(OUT), 'JSON file to write.')
 
 

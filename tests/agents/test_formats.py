@@ -93,9 +93,31 @@ def test_stateact_in_the_shop_says_where_it_is_and_what_is_chosen():
     'current location: results page')
 
 
+def test_stateact_in_scienceworld_reads_the_rooms_and_the_inventory_off_the_answers():
+  turns = [('look around', 'This room is called the hallway. In it, you see: \n\ta picture'),
+           ('open door to kitchen', 'The door is already open.'),
+           ('go to kitchen', 'You move to the kitchen.'),
+           ('pick up metal pot', 'You move the metal pot to the inventory.'),
+           ('pick up cup', 'Ambiguous request: Please enter the number for the action'),
+           ('1', 'You move the glass cup to the inventory.'),
+           ('move metal pot to sink', 'You move the metal pot to the sink.'),
+           ('teleport to art studio', 'You teleport to the art studio.')]
+  history = [formats.Turn(*turn) for turn in turns]
+  render = lambda history: formats.get_format('stateact_scienceworld').render(
+    Decision('wait', ''), 'boil water', history)[0].splitlines()
+  assert render(history) == [
+    'goal: boil water', 'locations visited: hallway, kitchen, art studio',
+    'current location: art studio', 'current inventory: glass cup', 'thought: -', 'action: wait']
+  outside = [formats.Turn('look around', 'This outside location is called the outside. Here')]
+  assert render(outside)[2] == 'current location: outside'
+  assert render([])[1:4] == [
+    'locations visited: none', 'current location: where I started', 'current inventory: nothing']
+
+
 def test_an_environment_s_own_form_of_a_format_is_taken():
   assert formats.name_for('stateact', 'webshop') == 'stateact_webshop'
   assert formats.name_for('react', 'webshop') == 'react_webshop'
   assert formats.name_for('plain', 'webshop') == 'plain'
   assert formats.name_for('stateact', 'household') == 'stateact'
+  assert formats.name_for('stateact', 'scienceworld') == 'stateact_scienceworld'
   assert 'four lines: "goal:", "current location:"' in formats.ShopStateAct().instructions

@@ -13,6 +13,7 @@ import pytest
 
 import envs
 from data import errors
+from experiments.bench import env_rows
 from experiments.bench import envs as bench
 
 
@@ -82,7 +83,7 @@ def test_a_small_run_states_its_time_first_and_fails_below_the_least_ratio(tmp_p
   path = tmp_path / 'results' / 'bench.json'
   command = [
     sys.executable, '-m', 'experiments.bench.envs', '--games=2', '--steps=3', f'--out={path}',
-    '--min_ratio=1e9']
+    '--min_ratio=1e9', '--rows=', '--catalogue=0']
   environment = {k: v for k, v in os.environ.items() if k != 'HINTSIGHT_DATA'}
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 1, done.stdout + done.stderr
@@ -107,3 +108,45 @@ def test_too_few_games_are_named(tmp_path):
     [sys.executable, '-m', 'experiments.bench.envs', f'--data={tmp_path}', '--games=1'],
     capture_output=True, text=True)
   assert done.returncode == 1 and '--games=1' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
+def test_rows_of_every_environment_and_the_catalogue(tmp_path):
+  path = tmp_path / 'bench.json'
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.bench.envs', '--games=0', '--row_games=2', '--row_steps=5',
+     '--row_rounds=1', '--processes=2', '--catalogue=300', f'--out={path}'],
+    capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  record = json.loads(path.read_text())
+  assert [(r['environment'], r['processes']) for r in record['rows']] == [
+    (name, number) for name in env_rows.ROWS for number in (1, 2)]
+  for row in record['rows']:
+    assert 0 < row['steps'] <= 10 and row['steps_per_s'] > 0.1 and row['memory_mb'] > 10
+    assert row['start_s'] > 0 and row['load_s'] > 0
+  # A Java process belongs to what it costs.
+  assert next(r for r in record['rows'] if r['environment'] == 'scienceworld')['memory_mb'] > 150
+  catalogue = record['catalogue']
+  assert catalogue['full']['disk_mb'] == pytest.approx(
+    catalogue['disk_mb'] * env_rows.FULL_CATALOGUE / 300)
+  assert '1,180,000 products (in proportion)' in done.stdout
+
+
+def test_rows_of_the_household(capsys):
+  [one] = env_rows.measure_rows(['household'], games=2, steps=4, rounds=2, processes=1)
+  assert one['steps'] == 16 and one['processes'] == 1
+  assert one['steps_per_s'] > 1 and one['load_s'] > 0 and 'household' in capsys.readouterr().out
+
+
+def test_a_generated_catalogue_is_read_back_as_it_was(tmp_path):
+  from envs import webshop_catalogue, webshop_generate
+  env_rows.write_catalogue(tmp_path, 20)
+  products, skipped, _ = webshop_catalogue.load_products(tmp_path)
+  assert products == webshop_generate.products(0, 20) and not skipped
+
+
+def test_unknown_rows_are_named():
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.bench.envs', '--rows=household,chess', '--games=0'],
+    capture_output=True, text=True)
+  assert done.returncode == 1 and 'knows no chess' in done.stderr
