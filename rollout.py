@@ -32,7 +32,7 @@ from envs import workers
 from retrieval import experience as experience_lib
 
 # Keys that may differ when a run is continued: they change how fast it goes, not what is played.
-_FREE_KEYS = ('slots', 'decode_steps', 'env_workers', 'env_timeout')
+_FREE_KEYS = ('slots', 'decode_steps', 'mesh', 'env_workers', 'env_timeout')
 
 
 def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
@@ -233,11 +233,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
       config.max_context, tokenizer, suite, tasks, spec, labels, memories=memories,
       examples=examples)
     from inference.engine import Engine, SamplingConfig
+    mesh, slots = choose_mesh(config.mesh, base.config, config.slots), config.slots
+    if mesh is None:
+      slots = min(slots, len(tasks))
     engine = Engine(
-      base.model(config.adapter), num_slots=min(config.slots, len(tasks)),
-      max_len=config.max_context, stop_ids=tokenizer.stop_ids,
-      sampling=SamplingConfig(temperature=config.temperature),
-      decode_steps=config.decode_steps, cache_dtype=config.dtype, seed=config.seed)
+      base.model(config.adapter, mesh=mesh), num_slots=slots, max_len=config.max_context,
+      stop_ids=tokenizer.stop_ids, sampling=SamplingConfig(temperature=config.temperature),
+      decode_steps=config.decode_steps, cache_dtype=config.dtype, mesh=mesh, seed=config.seed)
   # Last of all that bad input can stop: from here on the folder refuses every other config.
   workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   clock = workdir_lib.WallClock(workdir, started=started)
@@ -298,6 +300,35 @@ def check_experiences(config: ml_collections.ConfigDict) -> None:
   if not 0 <= config.expert_error_rate < 1 or (
       config.expert_error_rate and config.agent != 'expert'):
     raise errors.UserError('expert_error_rate lies in 0..1 (1 excluded) and needs agent=expert.')
+
+
+def choose_mesh(text: str, architecture, slots: int):
+  """The devices that play together, as `mesh=` names them.
+
+  Args:
+    text: sizes as `models.sharding.parse_sizes` takes them; '' is one device.
+    architecture: the `decoder.DecoderConfig` of what plays.
+    slots: episodes at a time, of all devices.
+
+  Returns:
+    A mesh, or None for one device.
+
+  Raises:
+    errors.UserError: no sizes, more than the devices, or slots or heads that do not divide.
+  """
+  if not text:
+    return None
+  from models import sharding
+
+  mesh = sharding.make_mesh(**sharding.parse_sizes(text))
+  if slots % mesh.shape['data']:
+    raise errors.UserError(
+      f'slots={slots} does not divide into the {mesh.shape["data"]} data shards of the mesh.')
+  if architecture.num_kv_heads % mesh.shape['tensor']:
+    raise errors.UserError(
+      f'tensor={mesh.shape["tensor"]} of the mesh does not divide the {architecture.num_kv_heads} '
+      f'key-value heads of {architecture.name}.')
+  return mesh
 
 
 def play_and_remember(

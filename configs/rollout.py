@@ -71,6 +71,7 @@ DEFAULTS = dict(
   max_context=2048,
   max_new_tokens=0,  # sampled tokens a call; 0 is the format's own: 32, 64, 192
   decode_steps=8,
+  mesh='',  # sizes data,fsdp,tensor: slots over data, heads over tensor; '' is one device
   max_env_steps=0,  # 0 is the environment's own: household 50, webshop 15, scienceworld by task
   max_calls=0,  # model calls; 0 is 100, or two for each environment step
   max_repeats=0,  # of a reply with the same answer; 0 is the environment's own, 4 for most

@@ -108,8 +108,8 @@ def parse_sizes(text: str) -> dict[str, int]:
     sizes = []
   if len(sizes) not in (3, 4):
     raise UserError(
-      f'mesh={text!r}: give auto, three sizes data,fsdp,tensor, or four with the number of slices '
-      'before them.'
+      f'mesh={text!r}: give three sizes data,fsdp,tensor, or four with the number of slices before '
+      'them, or leave it at its default.'
     )
   return dict(zip(AXES[-len(sizes):], sizes, strict=True))
 

@@ -270,3 +270,29 @@ def test_bad_input(tmp_path, arg, says):
   assert says in str(raised.value)
   # A command that was wrong leaves nothing behind that would block the right one.
   assert not (tmp_path / 'run').exists()
+
+
+def mesh_config(tokenizer, **values):
+  return config_lib.make({
+    'base': 'random', 'shrink': True, 'tokenizer': str(tokenizer), 'skills': 'loop', 'slots': 4,
+    'max_context': 256, 'max_new_tokens': 8, 'max_calls': 3, 'episodes': 6, **values})
+
+
+@pytest.mark.slow
+def test_a_mesh_plays_the_same_greedy_episodes_as_one_device(tmp_path, tokenizer):
+  rollout_lib.run(mesh_config(tokenizer), tmp_path / 'one')
+  one = trajectory.load_episodes(tmp_path / 'one')
+  for mesh in ('4,1,1', '2,1,2', '1,2,2'):
+    rollout_lib.run(mesh_config(tokenizer, mesh=mesh), tmp_path / mesh)
+    check_same(trajectory.load_episodes(tmp_path / mesh), one)
+
+
+@pytest.mark.parametrize('values, says', [
+  ({'mesh': '3,1,1'}, 'slots=4 does not divide into the 3 data shards of the mesh.'),
+  ({'mesh': '1,1,4'}, 'tensor=4 of the mesh does not divide the 2 key-value heads'),
+  ({'mesh': '64,1,1', 'slots': 64}, 'does not fit 8 devices'),
+  ({'mesh': 'two'}, "mesh='two': give three sizes")])
+def test_a_mesh_that_does_not_divide_is_one_sentence(tmp_path, tokenizer, values, says):
+  with pytest.raises(errors.UserError, match=re.escape(says)):
+    rollout_lib.run(mesh_config(tokenizer, **values), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
