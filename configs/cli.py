@@ -18,12 +18,13 @@ from configs import common, help_screen, process
 from data import errors
 
 
-def define_config_flags(default: str | None = None) -> None:
-  """Defines `--config` and `--workdir`, which all entry points take."""
+def define_config_flags(default: str | None = None, *, workdir: bool = True) -> None:
+  """Defines `--config`, and `--workdir` for what writes a run, as almost all entry points do."""
   config_flags.DEFINE_config_file(
     'config', default, 'configs/NAME.py:KEY=VALUE,...; --config.KEY=VALUE changes one key.',
     lock_config=True)
-  flags.DEFINE_string('workdir', None, 'Folder for everything that the run writes.')
+  if workdir:
+    flags.DEFINE_string('workdir', None, 'Folder for everything that the run writes.')
 
 
 def define_process_flags() -> None:
