@@ -6,7 +6,7 @@ Sources:
 - J. Austin et al., "How to Scale Your Model", chapter "How to Think About TPUs"
   (jax-ml.github.io/scaling-book/tpus): bandwidth of one ICI link and direction, and of the data
   centre network (DCN) by chip.
-- NVIDIA's data sheets: dense bfloat16 FLOP/s of the SXM modules.
+- NVIDIA's data sheets: dense bfloat16 FLOP/s and memory bandwidth of the SXM modules.
 - `program_bytes`: what the TPU compiler (libtpu 0.0.42.1) leaves to a program of the HBM; it names
   the number when it refuses one.
 """
@@ -58,14 +58,24 @@ CHIPS = {
   )
 }
 
+# (FLOP/s, bytes/s)
 _GPUS = {
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
+  'NVIDIA A100-SXM4-80GB': (312e12, 2.039e12),
+  'NVIDIA H100 80GB HBM3': (989e12, 3.35e12),
+  'NVIDIA H200': (989e12, 4.8e12),
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
   """bfloat16 FLOP/s of a device as JAX names it; None where it is not known."""
-  return {chip.device_kind: chip.peak_flops for chip in CHIPS.values()}.get(
-    device_kind, _GPUS.get(device_kind))
+  return _peaks(device_kind)[0]
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+  """Bytes/s of a device's memory, likewise."""
+  return _peaks(device_kind)[1]
+
+
+def _peaks(device_kind: str) -> tuple[float | None, float | None]:
+  chips = {chip.device_kind: (chip.peak_flops, chip.hbm_bandwidth) for chip in CHIPS.values()}
+  return chips.get(device_kind, _GPUS.get(device_kind, (None, None)))

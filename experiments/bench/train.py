@@ -126,13 +126,15 @@ def padded_batches(examples: Sequence, size: int, seed: int = 0) -> list[dict[st
 # Running and summing up.
 
 
-def run_job(module: str, job: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+def run_job(
+  module: str, job: Mapping[str, Any], folder: pathlib.Path, *, python: str = sys.executable
+) -> dict[str, Any]:
   """Runs one setting in a process of its own; its record, or {'error'} where it failed."""
   path, out = folder / 'job.json', folder / 'record.json'
   path.write_text(json.dumps(dict(job)))
   out.unlink(missing_ok=True)
   done = subprocess.run(
-    [sys.executable, '-c', f'from {module} import run_file; run_file({str(path)!r}, {str(out)!r})'],
+    [python, '-c', f'from {module} import run_file; run_file({str(path)!r}, {str(out)!r})'],
     capture_output=True, text=True,
     cwd=pathlib.Path(__file__).parents[2], env=dict(os.environ, **job.get('environment', {})))
   if done.returncode or not out.exists():
