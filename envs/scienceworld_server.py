@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -77,10 +78,13 @@ class Server:
       found, *_OPTIONS, f'-Xmx{memory_mb}m', '-classpath',
       os.pathsep.join((java_gateway.find_jar_path(), constants.JAR_PATH)), 'py4j.GatewayServer',
       '--die-on-broken-pipe', '0']
+    # The simulator writes lists of its objects into the folder that it is started in.
+    self._folder = tempfile.TemporaryDirectory(prefix='scienceworld-', ignore_cleanup_errors=True)
     try:
       # It ends when its input closes: with this process, however that ends.
       self._process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        command, cwd=self._folder.name, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL)
     except OSError as error:
       raise UserError(
         f'Java does not start ({found}: {error.strerror}); `pip install {JAVA}` brings one, and '
@@ -117,6 +121,7 @@ class Server:
       self._gateway.close()
     self._process.stdin.close()
     self._process.stdout.close()
+    self._folder.cleanup()
 
   def _silence(self) -> None:
     """Its many prints would fill the pipe that nobody reads."""

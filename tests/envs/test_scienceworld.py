@@ -52,6 +52,14 @@ def test_all_tasks_and_variations_are_offered(server):
       assert [*itertools.chain(*parts)] == [*range(count)]
 
 
+def test_the_simulator_writes_nothing_beside_what_it_is_started_for(server):
+  # It does once a game is loaded.
+  server.load('boil', 0, '')
+  assert not pathlib.Path('object_type_ids.tsv').exists()
+  folder = pathlib.Path(f'/proc/{server.pid}/cwd').resolve()
+  assert folder.name.startswith('scienceworld-')
+
+
 def test_tasks_take_turns_and_know_their_instructions(suite):
   tasks = suite.tasks('train')
   assert [t.id for t in tasks] == [
