@@ -32,7 +32,9 @@ from envs import workers
 from retrieval import experience as experience_lib
 
 # Keys that may differ when a run is continued: they change how fast it goes, not what is played.
-_FREE_KEYS = ('slots', 'decode_steps', 'mesh', 'env_workers', 'env_timeout')
+_FREE_KEYS = (
+  'slots', 'slot_groups', 'decode_steps', 'lookup', 'share_prefixes', 'mesh', 'env_workers',
+  'env_timeout')
 
 
 def make_suite(config: ml_collections.ConfigDict) -> envs_base.Suite:
@@ -147,7 +149,7 @@ def make_spec(config: ml_collections.ConfigDict) -> episode_lib.AgentSpec:
     format=formats.name_for(agent, config.env),
     layout=config.layout, style=config.prompt, max_env_steps=config.max_env_steps,
     max_calls=config.max_calls, max_repeats=config.max_repeats,
-    max_new_tokens=config.max_new_tokens)
+    max_new_tokens=config.max_new_tokens, constrained=config.constrained)
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> None:
@@ -162,19 +164,26 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
 
   # 1. What a person can get wrong is checked before anything slow, and before anything is written.
   expert = config.agent == 'expert'
+  if expert and config.constrained:
+    raise errors.UserError('constrained restricts what a model samples; it needs another agent.')
   spec = make_spec(config)
   memory_lib.check_kind(config.memory)
   kinds = config.memory.split('+')
   if 'hints' in kinds and not config.bank:
     raise errors.UserError('memory=hints needs bank=FILE, the bank of python -m retrieval.hints.')
   check_experiences(config)
-  if config.slots < 1 or config.decode_steps < 1:
-    raise errors.UserError('slots and decode_steps must be at least 1.')
+  if min(config.slots, config.slot_groups, config.decode_steps) < 1:
+    raise errors.UserError('slots, slot_groups and decode_steps must be at least 1.')
+  if config.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
+    raise errors.UserError(
+      f'cache_dtype={config.cache_dtype} is not float32, bfloat16 or int8; leave it out for dtype.')
+  if config.lookup < 0:
+    raise errors.UserError(f'lookup={config.lookup} is negative; 0 decodes token by token.')
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
   tasks = choose_tasks(suite, config.split, config.episodes, config.skip)
-  if row := _finished_row(workdir, tasks):
-    show(workdir, row)
+  if found := _finished_summary(workdir, tasks):
+    show(workdir, found)
     return
   index = experiences = None
   if 'hints' in kinds:
@@ -232,14 +241,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
     runner.check_first_prompt(
       config.max_context, tokenizer, suite, tasks, spec, labels, memories=memories,
       examples=examples)
-    from inference.engine import Engine, SamplingConfig
+    from inference import Engine, LookupConfig, SamplingConfig
     mesh, slots = choose_mesh(config.mesh, base.config, config.slots), config.slots
     if mesh is None:
       slots = min(slots, len(tasks))
     engine = Engine(
-      base.model(config.adapter, mesh=mesh), num_slots=slots, max_len=config.max_context,
-      stop_ids=tokenizer.stop_ids, sampling=SamplingConfig(temperature=config.temperature),
-      decode_steps=config.decode_steps, cache_dtype=config.dtype, mesh=mesh, seed=config.seed)
+      base.model(config.adapter, mesh=mesh), num_slots=slots + -slots % config.slot_groups,
+      max_len=config.max_context, stop_ids=tokenizer.stop_ids,
+      sampling=SamplingConfig(temperature=config.temperature), decode_steps=config.decode_steps,
+      cache_dtype=config.cache_dtype or config.dtype, mesh=mesh, seed=config.seed,
+      share_prefixes=config.share_prefixes, groups=config.slot_groups,
+      lookup=LookupConfig(draft_len=config.lookup) if config.lookup else None)
   # Last of all that bad input can stop: from here on the folder refuses every other config.
   workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   clock = workdir_lib.WallClock(workdir, started=started)
@@ -274,11 +286,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
   row = summary.row(
     episodes, id=policy if config.memory == 'none' else f'{policy}+{config.memory}',
     policy=policy, memory=config.memory, split=config.split, seed=config.seed)
-  workdir_lib.write_json(workdir / 'summary.json', {
+  written = {
     'rows': [row], 'paired': [], 'wall_s': {'rollout': clock.seconds()},
     'engine': {} if expert else engine.stats.as_dict(), 'versions': summary.versions(),
-    'env_workers': suite.summary() if isinstance(suite, workers.WorkerSuite) else {}})
-  show(workdir, row)
+    'env_workers': suite.summary() if isinstance(suite, workers.WorkerSuite) else {}}
+  workdir_lib.write_json(workdir / 'summary.json', written)
+  show(workdir, written)
 
 
 def check_experiences(config: ml_collections.ConfigDict) -> None:
@@ -359,12 +372,13 @@ def play_and_remember(
   return episodes
 
 
-def _finished_row(
+def _finished_summary(
   workdir: pathlib.Path, tasks: Sequence[envs_base.Task]
 ) -> dict[str, Any] | None:
-  """The row of a run that has played all of `tasks`; None where something is left to do."""
+  """The summary of a run that has played all of `tasks`; None where something is left to do."""
   try:
-    row = json.loads((workdir / 'summary.json').read_text())['rows'][0]
+    found = json.loads((workdir / 'summary.json').read_text())
+    row = found['rows'][0]
     whole = row['n'] == sum(row['terminations'].values()) == len(tasks)
   except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
     return None
@@ -372,17 +386,20 @@ def _finished_row(
     return None
   journal = trajectory.Journal(workdir / trajectory.JOURNAL_NAME)
   played = {episode.task_id for episode in journal.read()}
-  return row if played >= {task.id for task in tasks} else None
+  return found if played >= {task.id for task in tasks} else None
 
 
-def show(workdir: pathlib.Path, row: dict[str, Any]) -> None:
-  """Prints the row of the run and by what its episodes ended."""
+def show(workdir: pathlib.Path, written: dict[str, Any]) -> None:
+  """Prints the row of the run, by what its episodes ended, and what the engine computed."""
+  [row] = written['rows']
   print(summary.table([row]))
   if dropped := row.get('memory_dropped_mean'):
     print(f'{dropped:.2f} experiences an episode did not fit into memory_tokens')
   if restarts := row.get('env_restarts'):
     print(f'{restarts} time(s) an episode was played again: the process of its environment died')
   print('ended by: ' + ', '.join(f'{name} {n}' for name, n in row['terminations'].items()))
+  if line := summary.engine_line(written.get('engine', {})):
+    print(line)
   print(f'episodes in {workdir / trajectory.JOURNAL_NAME}', file=sys.stderr)
 
 

@@ -12,11 +12,13 @@ memory block on, and `kept` says how much of it the model still has.
 The conversation is kept as the ids that were rendered and sampled; nothing is tokenised twice.
 """
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +27,11 @@ from agents import memory as memory_lib
 from data import errors, trajectory
 from data import text as text_lib
 from data.tokenizer import Tokenizer
-from envs.base import FAULTS, Environment, Limits, Task, limits_of
+from envs.base import FAULTS, Environment, Limits, Task, limits_of, openings_of
+
+if TYPE_CHECKING:
+  # JAX comes with it, which a command's first checks need not wait for.
+  from inference import Trie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,8 @@ class AgentSpec:
     max_repeats: the same reply with the same answer this many times ends it ('repetition'). 0 is
       the limit of the environment itself.
     max_new_tokens: sampled tokens a call; 0 is the format's own limit.
+    constrained: replies are restricted to the environment's admissible commands (and to what the
+      format may reply besides). Neither paper's agent sees them.
   """
 
   format: str = 'react'
@@ -52,8 +60,13 @@ class AgentSpec:
   max_calls: int = 100
   max_repeats: int = 4
   max_new_tokens: int = 0
+  constrained: bool = False
 
   def __post_init__(self):
+    if self.constrained and formats.get_format(self.format).openings is None:
+      raise errors.UserError(
+        f'A reply of {self.format} is more than a command, so it cannot be restricted to the '
+        'admissible ones; constrained needs agent=plain or react.')
     if self.max_new_tokens == 0:
       object.__setattr__(self, 'max_new_tokens', formats.get_format(self.format).max_tokens)
     prompts.check(self.layout, self.style)
@@ -120,6 +133,7 @@ class EpisodeRun:
     self._kinds: list[int] = []
     self._logprobs: list[float] = []
     self._submitted = 0
+    self._encoded: dict[str, list[int]] = {}
     self._steps: list[trajectory.Step] = []
     self._counts: collections.Counter[str] = collections.Counter()
     self._answers: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -198,6 +212,45 @@ class EpisodeRun:
     new = self._tokens[self._submitted:]
     self._submitted = len(self._tokens)
     return np.asarray(new, np.int32)
+
+  def allowed(self) -> Trie | None:
+    """What the next reply may be; None where anything may, or where the environment broke (`done`).
+
+    Raises:
+      errors.UserError: a command is longer than a reply can be.
+    """
+    if not self._spec.constrained:
+      return None
+    from inference import Trie
+
+    try:
+      commands = self._environment.admissible_commands()
+      openings = openings_of(self._environment)
+    except FAULTS as error:
+      self._fail(error)
+      return None
+    end = self._tokenizer.chat.end_of_turn
+    openings = [self._encode(text) for text in (*openings, *self._format.openings)]
+    replies = [[*self._encode(text), end] for text in commands]
+    if not replies and not openings:
+      return None
+    for text, reply in zip(commands, replies):
+      if len(reply) > self._spec.max_new_tokens:
+        raise errors.UserError(
+          f'The command {text!r} has {len(reply)} tokens with the one that ends it, and '
+          f'max_new_tokens is {self._spec.max_new_tokens}; set it to that or more.')
+    return Trie(replies, openings)
+
+  def _encode(self, text: str) -> list[int]:
+    if text not in self._encoded:
+      self._encoded[text] = self._tokenizer.encode(text)
+    return self._encoded[text]
+
+  @property
+  def opening(self) -> int:
+    """Tokens at the start of the conversation that other tasks' prompts may begin with, too."""
+    own = [trajectory.KIND[kind] for kind in ('memory', 'task')]
+    return next((i for i, kind in enumerate(self._kinds) if kind in own), len(self._kinds))
 
   @property
   def kept(self) -> int:

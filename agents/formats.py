@@ -51,11 +51,14 @@ class Format(Protocol):
     name: as in a config.
     typical_tokens: what a reply takes, roughly; only predictions of run time use it.
     max_tokens: what a reply may take, unless an agent says otherwise.
+    openings: what a reply may begin with in place of a command; None where it is no single command,
+      so that it cannot be restricted to admissible ones.
   """
 
   name: str
   typical_tokens: int
   max_tokens: int
+  openings: Sequence[str] | None
 
   @property
   def instructions(self) -> str:
@@ -92,6 +95,7 @@ class Plain:
   """The reply is the action (paper B)."""
 
   name = 'plain'
+  openings = ()
   typical_tokens = 8
   max_tokens = 32
   instructions = 'Reply with one command each turn.'
@@ -107,6 +111,7 @@ class ReAct:
   """A turn is `think: ...`, which is answered 'OK.' without the environment, or an action."""
 
   name = 'react'
+  openings = ('think:',)
   typical_tokens = 12
   max_tokens = 64
   instructions = (
@@ -139,6 +144,7 @@ class StateAct:
   """Every turn is a block that restates the state before it acts (Rozanov & Rei 2024)."""
 
   name = 'stateact'
+  openings = None
   typical_tokens = 64
   max_tokens = 192
   fields = STATEACT_FIELDS

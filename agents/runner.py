@@ -112,10 +112,14 @@ def play(
       for slot in ready:
         run = slots[slot]
         fresh, keep = not run.steps, run.kept
+        allowed = run.allowed()
+        if run.done:  # its environment broke
+          overflown.append(slot)
+          continue
         try:
           engine.submit(
             slot, run.next_tokens(), spec.max_new_tokens, reset=fresh, keep=None if fresh else keep,
-            seed=_seed(labels, run.task) if fresh else None)
+            seed=_seed(labels, run.task) if fresh else None, allowed=allowed)
         except ContextOverflow:
           run.overflow()
           overflown.append(slot)
@@ -297,20 +301,29 @@ def _prediction(engine: Engine, spec: episode_lib.AgentSpec, keeper: _Keeper,
   calls = float(np.mean(calls)) if calls else run.max_env_steps / 2
   reply = float(np.mean(reply)) if reply else formats.get_format(spec.format).typical_tokens
   new = min(spec.max_new_tokens, math.ceil(reply))
-  turn = prompt[:16]
+  # Other tasks' prompts share its opening only.
+  opening, own = np.split(prompt, [run.opening])
+  prompts = [
+    np.concatenate([opening, np.roll(own, slot)]) for slot in range(engine.num_slots)]
+  turns = [prompt[:16]] * engine.num_slots
 
-  def round_seconds(tokens: np.ndarray, reset: bool) -> float:
+  def round_seconds(tokens: Sequence[np.ndarray], reset: bool) -> float:
     started = time.perf_counter()
     for slot in range(engine.num_slots):
-      engine.submit(slot, tokens, new, reset=reset)
+      engine.submit(slot, tokens[slot], new, reset=reset)
     engine.run_until_complete()
     return time.perf_counter() - started
 
   try:
-    compiling = round_seconds(prompt, True) + round_seconds(turn, False)
-    first, later = round_seconds(prompt, True), round_seconds(turn, False)
+    compiling = round_seconds(prompts, True) + round_seconds(turns, False)
+    engine.forget()
+    first, later = round_seconds(prompts, True), round_seconds(turns, False)
   except ContextOverflow:
     return f'{len(keeper.left)} episodes; the context has no room for two turns'
+  finally:
+    # Nothing of it is counted, or found again.
+    engine.run_until_complete()
+    engine.forget()
   waves = len(keeper.left) / engine.num_slots
   minutes = (compiling + math.ceil(waves) * first + waves * max(0.0, calls - 1) * later) / 60
   return (f'{len(keeper.left)} episodes, about {minutes:.1f} min at {calls:.0f} calls an episode '

@@ -68,10 +68,15 @@ DEFAULTS = dict(
   grow=0,  # episodes after which those played join the bank; 0 never
   # The engine and the limits of an episode.
   slots=8,
+  slot_groups=1,  # 2: environments of one half step while the device decodes the other
   max_context=2048,
   max_new_tokens=0,  # sampled tokens a call; 0 is the format's own: 32, 64, 192
   decode_steps=8,
   mesh='',  # sizes data,fsdp,tensor: slots over data, heads over tensor; '' is one device
+  cache_dtype='',  # of keys and values: float32, bfloat16, int8; '' is dtype
+  lookup=0,  # most tokens of a draft that is copied from the context and verified in one step
+  share_prefixes=True,  # what prompts begin with alike is computed once
+  constrained=False,  # replies only of admissible commands (or thoughts); agent=plain or react
   max_env_steps=0,  # 0 is the environment's own: household 50, webshop 15, scienceworld by task
   max_calls=0,  # model calls; 0 is 100, or two for each environment step
   max_repeats=0,  # of a reply with the same answer; 0 is the environment's own, 4 for most

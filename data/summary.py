@@ -49,7 +49,8 @@ def row(
 
   `prompt_tokens` counts the whole prompt of every model call (what an API bills, the cost in
   arXiv 2510.01375), `memory_tokens` the memory block's part of it, and `prefilled_tokens` what was
-  really computed, with the KV cache kept.
+  new, with the KV cache kept. (Of what several episodes begin with alike the engine computes less
+  still: its own counts, `engine_line`.)
   """
 
   memory_kind = trajectory.KIND['memory']
@@ -148,6 +149,21 @@ def outcomes(
   tasks = sorted({e.task_id for episodes in played.values() for e in episodes})
   won = {name: {e.task_id: int(e.success) for e in episodes} for name, episodes in played.items()}
   return {'tasks': tasks, 'rows': {name: [w[t] for t in tasks] for name, w in won.items()}}
+
+
+def engine_line(stats: Mapping[str, float]) -> str:
+  """One line of what an engine computed, from `inference.Stats.as_dict()`; '' for no engine.
+
+  New tokens are either prefilled or copied, and none is either twice.
+  """
+  if not stats.get('prefilled'):
+    return ''
+  copied = stats.get('copied', 0)
+  line = (f'engine: {stats["prefilled"]:,} tokens prefilled, {copied:,} copied from '
+          f'prompts that begin alike, {stats["generated"]:,} generated')
+  if stats.get('verified'):
+    line += f', {stats["accepted_per_step"]:.2f} of a draft accepted a verifying step'
+  return line
 
 
 def table(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -> str:

@@ -99,6 +99,9 @@ class Environment(Protocol):
   def admissible_commands(self) -> list[str]:
     """All commands that have an effect now, sorted."""
 
+  def command_openings(self) -> list[str]:
+    """Beginnings of commands that end in free text; an own environment may go without it."""
+
 
 class ScriptedExpert(Protocol):
   """Plays one episode from observations alone."""
@@ -129,6 +132,11 @@ class Suite(Protocol):
 
   def rules(self, task: Task) -> Sequence[Any]:
     """All that `expert` can be told of a task; an own suite may go without it."""
+
+
+def openings_of(environment: Environment) -> list[str]:
+  """Beginnings of the commands that end in free text; an environment may have none."""
+  return getattr(environment, 'command_openings', list)()
 
 
 def rules_of(suite: Suite, task: Task) -> Sequence[Any]:

@@ -226,6 +226,10 @@ class WebShopEnvironment:
     """What can be clicked; a search is free text and always possible."""
     return sorted(f'click[{name}]' for name in self._clickable())
 
+  def command_openings(self) -> list[str]:
+    """A search."""
+    return ['search[']
+
 
 class WebShopSuite:
   """Goals in splits; no product of one split is the goal of another, but for split_by='goal'.

@@ -214,6 +214,9 @@ class RemoteEnvironment:
   def admissible_commands(self) -> list[str]:
     return self._ask('admissible_commands')
 
+  def command_openings(self) -> list[str]:
+    return self._ask('command_openings')
+
   def close(self) -> None:
     """Gives its place back; a worker that dies over it takes nothing with it that is wanted."""
     worker, self._worker = self._worker, None
@@ -402,6 +405,8 @@ class _Server:
     if operation == 'close':
       close = getattr(self._environments.pop(key, None), 'close', None)
       return close() if close else None
+    if operation == 'command_openings':
+      return base.openings_of(self._environments[key])
     return getattr(self._environments[key], operation)(*arguments)
 
 

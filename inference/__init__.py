@@ -1,6 +1,9 @@
 """Batched generation over slots whose key-value cache lives across the turns of an episode."""
 
 from inference.engine import Completion, ContextOverflow, Engine, Stats
+from inference.lookup import LookupConfig
 from inference.sampling import SamplingConfig
+from inference.trie import Trie
 
-__all__ = ['Completion', 'ContextOverflow', 'Engine', 'SamplingConfig', 'Stats']
+__all__ = [
+  'Completion', 'ContextOverflow', 'Engine', 'LookupConfig', 'SamplingConfig', 'Stats', 'Trie']

@@ -10,9 +10,15 @@ A dispatch runs one compiled program (`inference.programs`) over all the work at
   knows its slot and position, several blocks may belong to one slot, and a batch of blocks is a row
   of bucketed length: a 180-token prompt and a 10-token observation share a dispatch with little
   padding. The last token's hidden state gives the first sampled token.
+- *copy*: beginnings of prompts that another slot has, or had (`inference.prefixes`), are copied and
+  not computed again.
 - *decode*: up to `decode_steps` tokens for every active slot, with sampling and stop tests on the
   device. It ends early as soon as a quarter of the slots that were busy are done, so that the
-  caller can refill them instead of carrying idle rows along.
+  caller can refill them instead of carrying idle rows along. With `lookup` every step verifies a
+  draft (`inference.lookup`).
+
+With two groups of slots the device computes one group's dispatch while the host reads the other's
+result and its environments step.
 """
 
 import collections
@@ -25,8 +31,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from inference import programs
+from data.errors import UserError
+from inference import prefixes, programs
+from inference.lookup import Acceptance, LookupConfig, pays
 from inference.sampling import GREEDY, SamplingConfig
+from inference.trie import Tables, Trie
 from models import decoder
 from models.kv_cache import KVCache
 
@@ -49,8 +58,10 @@ class Completion:
     tokens: int32 [m], sampled; the stop token is included where one was sampled.
     logprobs: float32 [m], natural logarithms under the model's own distribution (temperature 1).
     stop_reason: 'stop' (a stop token) or 'length' (`max_new_tokens` reached).
-    prefilled_tokens: tokens that were computed before the first sampled one.
+    prefilled_tokens: the turn's new tokens, before the first sampled one.
     prompt_tokens: all tokens the first sampled one was conditioned on, cached ones included.
+    copied_tokens: new tokens that were not computed, as their keys and values were found in another
+      conversation.
   """
 
   slot: int
@@ -59,16 +70,21 @@ class Completion:
   stop_reason: str
   prefilled_tokens: int
   prompt_tokens: int
+  copied_tokens: int = 0
 
 
 @dataclasses.dataclass
 class Stats:
-  """Counts since the engine was made. Seconds of calls that compiled are in `compile_s` only."""
+  """Counts since the engine was made (or told to `forget`).
+
+  Every new token of a conversation is either prefilled or copied, once. Seconds of calls that
+  compiled are in `compile_s` only.
+  """
 
   prefilled: int = 0
   prefill_computed: int = 0  # prefilled tokens and their padding
   generated: int = 0
-  decode_computed: int = 0  # rows times steps, idle rows included
+  decode_computed: int = 0  # rows times steps and their tokens, idle rows included
   decoded: int = 0  # tokens of them that were wanted
   prefill_dispatches: int = 0
   decode_dispatches: int = 0
@@ -76,10 +92,16 @@ class Stats:
   decode_s: float = 0.0
   compile_s: float = 0.0
   traces: int = 0
+  copied: int = 0  # tokens whose keys and values were found in another conversation
+  copy_dispatches: int = 0
+  copy_s: float = 0.0
+  verified: int = 0  # steps of slots that draft, also those that found nothing to draft
+  drafted: int = 0  # tokens of those drafts
+  accepted: int = 0  # of them the model's own choice
 
   @property
   def dispatches(self) -> int:
-    return self.prefill_dispatches + self.decode_dispatches
+    return self.prefill_dispatches + self.copy_dispatches + self.decode_dispatches
 
   @property
   def padded_share(self) -> float:
@@ -88,11 +110,16 @@ class Stats:
 
   @property
   def idle_share(self) -> float:
-    """Share of the decoded positions whose slot was done or empty."""
+    """Share of the decoded positions whose slot was done or empty, or whose draft was rejected."""
     return 1 - self.decoded / self.decode_computed if self.decode_computed else 0.0
 
+  @property
+  def accepted_per_step(self) -> float:
+    """Tokens of a draft that were accepted, a verifying step: so many come with the usual one."""
+    return self.accepted / self.verified if self.verified else 0.0
+
   def as_dict(self) -> dict[str, float]:
-    derived = ('dispatches', 'padded_share', 'idle_share')
+    derived = ('dispatches', 'padded_share', 'idle_share', 'accepted_per_step')
     return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -100,7 +127,7 @@ class Stats:
 class _Slot:
   """The host's side of a slot."""
 
-  length: int = 0  # tokens in the cache, without the turn in progress
+  length: int = 0  # tokens in the cache, without those that wait or were sampled in this turn
   last: int | None = None  # sampled and not cached
   seed: int = 0
   index: int = 0  # tokens sampled since reset
@@ -109,6 +136,8 @@ class _Slot:
   running: bool = False
   prompt_tokens: int = 0
   prefilled_tokens: int = 0
+  copied_tokens: int = 0
+  fresh: bool = False  # the turn in progress does not go on where the last one ended
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
 
@@ -157,6 +186,10 @@ class Engine:
     block_len: int = 16,
     block_buckets: Sequence[int] = (8, 24, 64),
     attend_step: int = 128,
+    lookup: LookupConfig | None = None,
+    share_prefixes: bool = True,
+    prefix_bytes: int = 256 * 2**20,
+    groups: int = 1,
   ):
     """Merges the adapter and allocates the cache.
 
@@ -167,7 +200,7 @@ class Engine:
       stop_ids: sampling one of these ends a turn.
       sampling: the same for all slots.
       decode_steps: most tokens a slot samples in one decode dispatch.
-      cache_dtype: None is the model's compute dtype.
+      cache_dtype: 'float32', 'bfloat16' or 'int8'; None is the model's compute dtype.
       mesh: of `sharding.AXES`: slots over data, key-value heads over tensor, where they
         divide. The model must lie on the same mesh.
       seed: of the engine; with a request's seed and a token's index it keys every draw.
@@ -175,10 +208,21 @@ class Engine:
       block_buckets: numbers of blocks a prefill dispatch is compiled for.
       attend_step: granularity of the attended length in decoding; twice that in prefill, which has
         a program for every pair of attended length and bucket.
+      lookup: drafts from the slot's own context; None decodes token by token.
+      share_prefixes: copies what a new conversation begins with from where it was computed before.
+      prefix_bytes: most bytes of the beginnings that are kept after the slots that had them.
+      groups: of slots, each with dispatches of its own; with 2 `step` returns while the other
+        group's is computed. A prefill's seconds are then counted as decoding's.
+
+    Raises:
+      UserError: the slots do not divide into the groups.
     """
+    if groups < 1 or num_slots % groups:
+      raise UserError(f'{num_slots} slots do not divide into {groups} groups.')
     model = decoder.prepare_for_decode(decoder.merge_lora(model))
     self.num_slots, self.max_len = num_slots, max_len
     self.stats = Stats()
+    self._lookup = lookup
     self._params = (model.lora, model.frozen)
     self._stop_ids = frozenset(stop_ids)
     self._decode_steps = decode_steps
@@ -187,24 +231,35 @@ class Engine:
     self._decode_lengths = attend_buckets(max_len, attend_step)
     self._prefill_lengths = attend_buckets(max_len, 2 * attend_step)
     self._slots = [_Slot() for _ in range(num_slots)]
+    # The tokens of each slot's conversation, in their positions.
+    self._ids = np.zeros((num_slots, max_len), np.int32)
+    self._store = prefixes.PrefixStore(prefix_bytes) if share_prefixes else None
+    self._acceptance = Acceptance(num_slots, lookup) if lookup else None
+    self._tables = Tables(num_slots)
     self._requests = 0
+    self._group_size = num_slots // groups
+    # Dispatches whose results were not read yet: group, result, tokens of a step.
+    self._flying: collections.deque[tuple[int, jax.Array, int]] = collections.deque()
     spec = programs.Spec(
       graphdef=model.graphdef,
       sampling=sampling,
       stop_ids=tuple(sorted(self._stop_ids)),
-      num_slots=num_slots,
+      num_slots=self._group_size,
       block_len=block_len,
       decode_steps=decode_steps,
       mesh=mesh,
+      lookup=lookup,
     )
     self._programs = programs.compiled(spec)
-    self._cache = KVCache.init(
-      model.config, num_slots, max_len, cache_dtype or model.config.dtype
-    )
-    self._state = programs.SlotState.init(num_slots, seed & _UINT32)
-    if shardings := spec.shardings():
-      self._cache = jax.device_put(self._cache, shardings[0])
-      self._state = jax.device_put(self._state, shardings[1])
+    self._caches, self._states = [], []
+    for _ in range(groups):
+      cache = KVCache.init(
+        model.config, self._group_size, max_len, cache_dtype or model.config.dtype)
+      state = programs.SlotState.init(self._group_size, seed & _UINT32)
+      if shardings := spec.shardings():
+        cache, state = map(jax.device_put, (cache, state), shardings)
+      self._caches.append(cache)
+      self._states.append(state)
 
   def length(self, slot: int) -> int:
     """Tokens of the slot's conversation, the last sampled one included."""
@@ -225,6 +280,7 @@ class Engine:
     reset: bool = False,
     keep: int | None = None,
     seed: int | None = None,
+    allowed: Trie | None = None,
   ) -> None:
     """Queues a turn; `step` computes it.
 
@@ -237,6 +293,7 @@ class Engine:
         keeps all. What is kept stays cached.
       seed: of the request's random stream, from `reset` on. By default the number of the request,
         which makes draws depend on the order of submission; pass one for draws that do not.
+      allowed: what may be sampled in this turn; None is everything.
 
     Raises:
       ContextOverflow: conversation, new tokens and max_new_tokens exceed max_len together.
@@ -249,7 +306,8 @@ class Engine:
     if max_new_tokens < 1:
       raise ValueError(f'max_new_tokens={max_new_tokens} is not positive.')
     tokens = np.asarray(tokens, np.int32).reshape(-1)
-    length, last = (0, None) if reset else (state.length, state.last)
+    before = state.length
+    length, last = (0, None) if reset else (before, state.last)
     if keep is not None and not reset:
       if not 0 <= keep <= self.length(slot):
         raise ValueError(f'Slot {slot} has {self.length(slot)} tokens and cannot keep {keep}.')
@@ -257,6 +315,12 @@ class Engine:
         length, last = keep, None
     if last is not None:
       tokens = np.concatenate([np.asarray([last], np.int32), tokens])
+    prefilled = len(tokens)
+    if reset and prefilled and self._store is not None:
+      # What the slot's last conversation began with, too.
+      held = self._ids[slot : slot + 1, : state.length]
+      length = min(int(prefixes.shared_lengths(held, tokens)[0]), prefilled - 1)
+      tokens = tokens[length:]
     if not len(tokens):
       raise ValueError(f'Slot {slot} got an empty turn and has no token to go on from.')
     if length + len(tokens) + max_new_tokens > self.max_len:
@@ -268,32 +332,70 @@ class Engine:
       state.seed = (self._requests if seed is None else seed) & _UINT32
       state.index = 0
       self._requests += 1
+      if self._acceptance is not None:
+        self._acceptance.reset(slot)
     elif seed is not None:
       state.seed = seed & _UINT32
+    self._tables.set(slot, allowed)
     state.length, state.last, state.new = length, None, tokens
+    self._ids[slot, length : length + len(tokens)] = tokens
     state.budget, state.running = max_new_tokens, True
     state.tokens, state.logprobs = [], []
-    state.prefilled_tokens, state.prompt_tokens = len(tokens), length + len(tokens)
+    state.fresh = reset or length < before
+    state.prefilled_tokens, state.prompt_tokens = prefilled, length + len(tokens)
+    state.copied_tokens = prefilled - len(tokens)
 
   def step(self) -> list[Completion]:
-    """Prefills what is waiting, decodes once, and hands back the turns that ended (by slot)."""
-    busy = self.busy
-    if not busy:
+    """Prefills what is waiting, decodes once, and hands back the turns that ended (by slot).
+
+    Of several groups: dispatches that for every group at rest, and hands back the turns of the
+    group whose dispatch is the oldest.
+    """
+    flying = [group for group, *_ in self._flying]
+    for group in range(len(self._caches)):
+      if group not in flying:
+        self._dispatch(group)
+    if not self._flying:
       return []
-    waiting = [i for i, slot in enumerate(self._slots) if slot.new is not None]
+    group, packed, width = self._flying.popleft()
+    started = time.perf_counter()
+    # The dispatch's one transfer to the host.
+    packed = np.asarray(packed)
+    self.stats.decode_s += time.perf_counter() - started
+    return self._collect(group, packed, width)
+
+  def _members(self, group: int) -> range:
+    """The slots of a group."""
+    return range(group * self._group_size, (group + 1) * self._group_size)
+
+  def _dispatch(self, group: int) -> None:
+    """Sends a group's prefill and decoding to the device, if there is any."""
+    members = self._members(group)
+    slots = slice(members.start, members.stop)
+    running = np.array([slot.running for slot in self._slots[slots]])
+    busy = int(running.sum())
+    if not busy:
+      return
+    waiting = [i for i in members if self._slots[i].new is not None]
     if waiting:
-      self._run_prefill(waiting)
-    longest = max(slot.cached for slot in self._slots if slot.running)
+      self._run_prefill(group, waiting)
+    longest = max(slot.cached for slot in self._slots[slots] if slot.running)
     leave_at = np.int32(busy - math.ceil(_REFILL_SHARE * busy))
+    width = 1
     with self._clock('decode'):
       attend_len = next(n for n in self._decode_lengths if n >= longest)
-      prefix = self._programs.prefix(self._cache, attend_len=attend_len)
-      self._cache, self._state, packed = self._programs.decode(
-        self._params, self._cache, prefix, self._state, leave_at
-      )
-      # The step's one transfer to the host.
-      packed = np.asarray(packed)
-    return self._collect(packed)
+      cache, state = self._caches[group], self._states[group]
+      prefix = self._programs.prefix(cache, attend_len=attend_len)
+      arguments = (self._params, cache, prefix, state, leave_at, self._tables.arrays(slots))
+      drafting = None if self._acceptance is None else self._acceptance.drafting[slots]
+      if drafting is not None and pays(drafting, running):
+        width += self._lookup.draft_len
+        result = self._programs.verify(
+          *arguments, self._ids[slots, :attend_len].copy(), drafting)
+      else:
+        result = self._programs.decode(*arguments)
+      self._caches[group], self._states[group], packed = result
+    self._flying.append((group, packed, width))
 
   def run_until_complete(self) -> list[Completion]:
     """Steps until no turn is in progress; all completions, in the order in which they ended."""
@@ -315,9 +417,82 @@ class Engine:
     field = f'{program}_dispatches'
     setattr(self.stats, field, getattr(self.stats, field) + 1)
 
-  def _run_prefill(self, waiting: list[int]) -> None:
+  def forget(self) -> None:
+    """Empties all slots and counts from zero again, but for what was compiled.
+
+    Raises:
+      ValueError: a turn is in progress.
+    """
+    if self.busy:
+      raise ValueError('An engine with turns in progress cannot forget them.')
+    for slot in self._slots:
+      slot.length, slot.last = 0, None
+    if self._store is not None:
+      self._store.clear()
+    self.stats = Stats(compile_s=self.stats.compile_s, traces=self.stats.traces)
+
+  def _run_prefill(self, group: int, waiting: list[int]) -> None:
+    """Prefills the waiting slots of a group; where they share a beginning, in several rounds."""
+    while waiting:
+      now = waiting
+      if self._store is not None:
+        fresh = [index for index in waiting if self._slots[index].fresh]
+        now = [index for index in waiting if not self._slots[index].fresh]
+        now += self._share(group, fresh)
+      self._dispatch_blocks(group, now)
+      waiting = [index for index in waiting if self._slots[index].new is not None]
+
+  def _share(self, group: int, waiting: list[int]) -> list[int]:
+    """Copies what waiting slots share with others; returns those to be computed now."""
+    if not waiting:
+      return []
+    held = np.array([slot.cached for slot in self._slots])
+    prompts = {
+      index: prefixes.Waiting(self._slots[index].length, self._slots[index].prompt_tokens)
+      for index in waiting}
+    now, copies = prefixes.plan(self._ids, held, prompts, self._store, self._block_len)
+    for source, own in prefixes.by_source(copies).items():
+      with self._clock('copy'):
+        if isinstance(source, bytes):
+          row = self._store.row(source)
+        else:
+          row = self._take(source, max(copy.count for copy in own))
+        slots = np.zeros(self._group_size, np.int32)
+        slots[: len(own)] = [copy.slot % self._group_size for copy in own]
+        self._caches[group] = self._programs.place(
+          self._caches[group], row, slots, np.int32(len(own)))
+      for copy in own:
+        slot = self._slots[copy.slot]
+        slot.new = slot.new[copy.count - slot.length :]
+        slot.copied_tokens += copy.count - slot.length
+        slot.length = copy.count
+    for index in now:
+      slot = self._slots[index]
+      self.stats.copied += slot.copied_tokens
+      if slot.copied_tokens:
+        self._keep(index, slot.length)
+    return now
+
+  def _keep(self, index: int, length: int) -> None:
+    """Puts the slot's first tokens, which another conversation had, too, into the store."""
+    ids = self._ids[index, :length]
+    if length < 4 * self._block_len or self._store.find(ids)[0] > length - self._block_len:
+      return
+    positions = next(n for n in self._decode_lengths if n >= length)
+    size = self._caches[0].nbytes // (self._group_size * self.max_len) * positions
+    if size <= self._store.max_bytes:
+      with self._clock('copy'):
+        self._store.add(ids, self._take(index, length))
+
+  def _take(self, slot: int, length: int) -> KVCache:
+    """A copy of the slot's first tokens, and of what lies behind them up to a static length."""
+    attend_len = next(n for n in self._decode_lengths if n >= length)
+    group, row = divmod(slot, self._group_size)
+    return self._programs.take(self._caches[group], np.int32(row), attend_len=attend_len)
+
+  def _dispatch_blocks(self, group: int, waiting: list[int]) -> None:
     """Dispatches the waiting slots' tokens, block by block; earlier blocks of a slot go first."""
-    width = self._block_len
+    width, members = self._block_len, self._members(group)
     queue = collections.deque()  # (slot, start, tokens, ends)
     # Short slots first: the attended length of a dispatch is its longest slot's.
     for index in sorted(waiting, key=lambda i: self._slots[i].prompt_tokens):
@@ -328,28 +503,30 @@ class Engine:
     while queue:
       size = self._bucket(len(queue))
       blocks = np.zeros((size, width + len(programs.BLOCK_FIELDS)), np.int32)
-      ends = np.full((min(size, self.num_slots),), size, np.int32)
+      ends = np.full((min(size, len(members)),), size, np.int32)
       ending, longest = 0, 0
       for row in range(min(size, len(queue))):
         index, cursor, piece, last = queue.popleft()
         slot = self._slots[index]
         blocks[row, : len(piece)] = piece
         key = np.asarray([slot.seed, slot.index], np.uint32).view(np.int32)
-        blocks[row, width:] = (index, cursor, len(piece), slot.budget, *key)
+        blocks[row, width:] = (index - members.start, cursor, len(piece), slot.budget, *key)
         longest = max(longest, cursor + len(piece))
         if last:
           ends[ending] = row
           ending += 1
-          slot.length, slot.new = slot.length + slot.prefilled_tokens, None
+          slot.length, slot.new = slot.prompt_tokens, None
         self.stats.prefilled += len(piece)
       self.stats.prefill_computed += size * width
       attend_len = next(n for n in self._prefill_lengths if n >= longest)
       with self._clock('prefill'):
-        self._cache, self._state = self._programs.prefill(
-          self._params, self._cache, self._state, blocks, ends, attend_len=attend_len
+        self._caches[group], self._states[group] = self._programs.prefill(
+          self._params, self._caches[group], self._states[group], blocks, ends,
+          self._tables.arrays(slice(members.start, members.stop)), attend_len=attend_len
         )
-        # Waits, but transfers nothing: prefill and decode are timed apart.
-        jax.block_until_ready(self._state.first)
+        if len(self._caches) == 1:
+          # Waits, but transfers nothing: prefill and decode are timed apart.
+          jax.block_until_ready(self._states[group].first)
 
   def _bucket(self, blocks: int) -> int:
     """Blocks of the next dispatch when this many wait.
@@ -365,24 +542,42 @@ class Engine:
     again = next(b for b in self._block_buckets if b >= rest)
     return fits if fits <= fills + again + 4 else fills
 
-  def _collect(self, packed: np.ndarray) -> list[Completion]:
-    """Reads a decode dispatch's result: int32 [S, 2 * (decode_steps + 1) + 2]."""
-    width = self._decode_steps + 1
-    tokens, logprobs = packed[:, :width], packed[:, width : 2 * width].view(np.float32)
-    active, steps = packed[:, -2], int(packed[0, -1])
-    self.stats.decode_computed += steps * self.num_slots
+  def _collect(self, group: int, packed: np.ndarray, width: int) -> list[Completion]:
+    """Reads a decode dispatch's result.
+
+    Args:
+      group: whose it is.
+      packed: int32 [S, 2 * columns + 2], or 3 more behind them of a dispatch that verified drafts;
+        columns are decode_steps * width + 1.
+      width: tokens of a step.
+    """
+    columns = self._decode_steps * width + 1
+    tokens, logprobs = packed[:, :columns], packed[:, columns : 2 * columns].view(np.float32)
+    active, steps = packed[:, 2 * columns], int(packed[0, 2 * columns + 1])
+    drafts = packed[:, 2 * columns + 2 :]
+    self.stats.decode_computed += steps * width * self._group_size
     completions = []
-    for index, slot in enumerate(self._slots):
-      if not slot.running:
+    for row, index in enumerate(self._members(group)):
+      slot = self._slots[index]
+      if not slot.running or slot.new is not None:
         continue
-      valid = tokens[index] >= 0
-      new = tokens[index][valid].tolist()
+      valid = tokens[row] >= 0
+      new = tokens[row][valid].tolist()
       self.stats.generated += len(new)
       self.stats.decoded += int(valid[1:].sum())
+      start = slot.length + len(slot.tokens)
+      self._ids[index, start : start + len(new)] = new
+      if self._acceptance is not None:
+        verified, drafted, accepted = drafts[row].tolist() if width > 1 else (0, 0, 0)
+        self.stats.verified += verified
+        self.stats.drafted += drafted
+        self.stats.accepted += accepted
+        self._acceptance.update(index, verified, accepted, len(new))
       slot.tokens += new
-      slot.logprobs += logprobs[index][valid].tolist()
+      slot.logprobs += logprobs[row][valid].tolist()
       slot.index += len(new)
-      if active[index]:
+      self._tables.advance(index, new)
+      if active[row]:
         continue
       slot.length, slot.last, slot.running = slot.cached, slot.tokens[-1], False
       completions.append(
@@ -393,7 +588,9 @@ class Engine:
           stop_reason='stop' if slot.last in self._stop_ids else 'length',
           prefilled_tokens=slot.prefilled_tokens,
           prompt_tokens=slot.prompt_tokens,
+          copied_tokens=slot.copied_tokens,
         )
       )
       slot.tokens, slot.logprobs = [], []
+      self._tables.set(index, None)
     return completions

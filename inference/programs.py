@@ -1,6 +1,7 @@
 """The engine's compiled programs: prefill of blocks, and several steps of decoding.
 
-Axes: S slots, B blocks, T tokens of a block, R slots that start to sample, D embedding.
+Axes: S slots, B blocks, T tokens of a block, R slots that start to sample, D embedding, C tokens of
+a verifying step (the newest and its draft).
 """
 
 import collections
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from inference import lookup, trie
+from inference.lookup import LookupConfig
 from inference.sampling import SamplingConfig, sample
-from models import decoder
+from models import decoder, kv_cache
 from models.kv_cache import KVCache
 
 # Columns of a block's row after its tokens.
@@ -65,6 +68,7 @@ class Spec:
   block_len: int
   decode_steps: int
   mesh: jax.sharding.Mesh | None
+  lookup: LookupConfig | None = None
 
   def shardings(self) -> tuple[NamedSharding, NamedSharding] | None:
     """Of the cache's arrays [S, K, ...] and of everything else.
@@ -88,6 +92,9 @@ class Programs:
   prefill: Callable
   prefix: Callable
   decode: Callable
+  verify: Callable
+  take: Callable
+  place: Callable
   traces: collections.Counter
 
 
@@ -96,23 +103,36 @@ def compiled(spec: Spec) -> Programs:
   """The programs of a spec; engines with equal specs and shapes share what is compiled."""
   traces = collections.Counter()
 
-  def prefill_program(params, cache, state, blocks, ends, *, attend_len):
+  def prefill_program(params, cache, state, blocks, ends, tries=None, *, attend_len):
     traces['prefill'] += 1
-    return prefill(spec, params, cache, state, blocks, ends, attend_len=attend_len)
+    return prefill(spec, params, cache, state, blocks, ends, tries, attend_len=attend_len)
 
   def prefix_program(cache, *, attend_len):
     traces['prefix'] += 1
     return cache.prefix(attend_len)
 
-  def decode_program(params, cache, prefix, state, leave_at):
+  def decode_program(params, cache, prefix, state, leave_at, tries=None):
     traces['decode'] += 1
-    return decode(spec, params, cache, prefix, state, leave_at)
+    return decode(spec, params, cache, prefix, state, leave_at, tries)
 
-  pinned = [{}, {}, {}]
+  def verify_program(params, cache, prefix, state, leave_at, tries, context, drafting):
+    traces['verify'] += 1
+    return verify(spec, params, cache, prefix, state, leave_at, tries, context, drafting)
+
+  def take_program(cache, slot, *, attend_len):
+    traces['take'] += 1
+    return cache.row(slot, attend_len)
+
+  def place_program(cache, row, slots, count):
+    traces['place'] += 1
+    return cache.with_row(row, slots, count)
+
+  pinned = [{}, {}, {}, {}]
   if shardings := spec.shardings():
     # Results fed back as arguments retrace once if their shardings are left to the compiler.
     slots, whole = shardings
-    outs = ((slots, whole), slots, (slots, whole, whole))
+    row = NamedSharding(spec.mesh, PartitionSpec(None, *slots.spec[1:]))
+    outs = ((slots, whole), slots, (slots, whole, whole), row)
     pinned = [{'out_shardings': out} for out in outs]
   donated = {'donate_argnames': ('cache', 'state')}
   return Programs(
@@ -121,20 +141,29 @@ def compiled(spec: Spec) -> Programs:
     # 46 instead of 12 ms a core for 6 layers of SmolLM2-135M and 32 slots of 512.
     jax.jit(prefix_program, static_argnames='attend_len', **pinned[1]),
     jax.jit(decode_program, **donated, **pinned[2]),
+    jax.jit(verify_program, **donated, **pinned[2]),
+    jax.jit(take_program, static_argnames='attend_len', **pinned[3]),
+    jax.jit(place_program, donate_argnames='cache', **pinned[1]),
     traces,
   )
 
 
-def _choose(spec: Spec, params, hidden, engine_seed, seed, index):
+# Edges int32 [S, E, 3] and nodes int32 [S] of `inference.trie`; None where no slot is restricted.
+Tries = tuple[jax.Array, jax.Array] | None
+
+
+def _choose(spec: Spec, params, hidden, engine_seed, seed, index, edges=None, nodes=None):
   """Samples from hidden states [R, D] -> tokens int32 [R], logprobs float32 [R], stop bool [R].
 
-  A draw's key is (engine seed, request seed, token index): the same in any batch.
+  A draw's key is (engine seed, request seed, token index): the same in any batch. Edges [R, E, 3]
+  and nodes [R] restrict it.
   """
   logits = decoder.logits(spec.graphdef, params[1], hidden)
   fold = jax.random.fold_in
   key = jax.random.key(engine_seed)
   keys = jax.vmap(lambda seed, index: fold(fold(key, seed), index))
-  tokens, logprobs = sample(logits, spec.sampling, keys(seed, index))
+  mask = None if edges is None else trie.allowed(edges, nodes, logits.shape[-1])
+  tokens, logprobs = sample(logits, spec.sampling, keys(seed, index), mask)
   return tokens, logprobs, jnp.isin(tokens, jnp.asarray(spec.stop_ids, jnp.int32))
 
 
@@ -145,6 +174,7 @@ def prefill(
   state: SlotState,
   blocks: jax.Array,
   ends: jax.Array,
+  tries: Tries = None,
   *,
   attend_len: int,
 ) -> tuple[KVCache, SlotState]:
@@ -158,6 +188,7 @@ def prefill(
     blocks: int32 [B, T + 6]: the tokens, then BLOCK_FIELDS; cursor is the position of the block's
       first token, budget the turn's max_new_tokens. A block with count 0 is padding.
     ends: int32 [R], rows of `blocks` that are the last of their slot; B where there is none.
+    tries: what the slots may reply.
     attend_len: static, at least the end of the furthest block.
   """
   width = spec.block_len
@@ -178,8 +209,9 @@ def prefill(
     jax.lax.bitcast_convert_type(x[rows], jnp.uint32) for x in (seeds, indices)
   )
   hidden = hidden[rows, jnp.maximum(counts[rows] - 1, 0)]
+  own = () if tries is None else (array[slots[rows]] for array in tries)
   tokens, logprobs, stop = _choose(
-    spec, params, hidden, state.engine_seed, seeds, indices
+    spec, params, hidden, state.engine_seed, seeds, indices, *own
   )
   remaining = budgets[rows] - 1
   # Rows that end nothing point outside the arrays and are dropped.
@@ -205,6 +237,7 @@ def decode(
   prefix: KVCache,
   state: SlotState,
   leave_at: jax.Array,
+  tries: Tries = None,
 ) -> tuple[KVCache, SlotState, jax.Array]:
   """Samples up to `decode_steps` tokens for every active slot.
 
@@ -215,6 +248,7 @@ def decode(
     prefix: of the cache, at least as long as the longest active slot.
     state: donated.
     leave_at: int32, return as soon as no more slots than this are active.
+    tries: what the slots may reply; their nodes are those before the prefill's token.
 
   Returns:
     The cache, the slots' state, and all that the host wants to know as one int32 array
@@ -228,16 +262,16 @@ def decode(
   before = state.lengths
 
   def unfinished(carry):
-    step, _, state, _, _ = carry
+    step, _, state, *_ = carry
     return (step < steps) & (jnp.sum(state.active) > leave_at)
 
   def advance(carry):
-    step, tail, state, tokens, logprobs = carry
+    step, tail, state, tokens, logprobs, nodes = carry
     hidden, tail = decoder.forward_step(
       spec.graphdef, *params, state.last, prefix, tail, before, step
     )
     new, logprob, stop = _choose(
-      spec, params, hidden, state.engine_seed, state.seed, state.index
+      spec, params, hidden, state.engine_seed, state.seed, state.index, edges, nodes
     )
     column = lambda array, value: jax.lax.dynamic_update_slice(
       array, value[:, None], (0, step + 1)
@@ -254,19 +288,127 @@ def decode(
       remaining=remaining,
       index=state.index + one.astype(jnp.uint32),
     )
-    return step + 1, tail, state, tokens, logprobs
+    if nodes is not None:
+      nodes = trie.follow(edges, nodes, new)
+    return step + 1, tail, state, tokens, logprobs, nodes
 
-  carry = (jnp.int32(0), cache.tail(steps), state, tokens, logprobs)
-  step, tail, state, tokens, logprobs = jax.lax.while_loop(unfinished, advance, carry)
+  edges, nodes = _enter(tries, state)
+  carry = (jnp.int32(0), cache.tail(steps), state, tokens, logprobs, nodes)
+  step, tail, state, tokens, logprobs, _ = jax.lax.while_loop(unfinished, advance, carry)
   # A slot that ended went on with the others: only what it wrote while active is kept.
-  cache = cache.absorb(tail, before, state.lengths - before)
-  packed = jnp.concatenate(
-    [
-      tokens,
-      jax.lax.bitcast_convert_type(logprobs, jnp.int32),
-      state.active.astype(jnp.int32)[:, None],
-      jnp.broadcast_to(step, (slots, 1)),
-    ],
-    axis=1,
-  )
+  cache = cache.absorb(tail, kv_cache.places(before, state.lengths - before, steps))
+  packed = _pack(tokens, logprobs, state.active, jnp.broadcast_to(step, (slots,)))
+  return cache, dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed
+
+
+def _enter(tries: Tries, state: SlotState) -> tuple[jax.Array | None, jax.Array | None]:
+  """Edges, and nodes behind the tokens that the prefill sampled; None where nothing restricts."""
+  if tries is None:
+    return None, None
+  edges, nodes = tries
+  return edges, jnp.where(state.first < 0, nodes, trie.follow(edges, nodes, state.first))
+
+
+def _pack(tokens: jax.Array, logprobs: jax.Array, *columns: jax.Array) -> jax.Array:
+  """One int32 array [S, ...] of tokens [S, W], the bits of logprobs [S, W], and columns [S]."""
+  bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
+  return jnp.concatenate([tokens, bits, jnp.stack(columns, axis=1).astype(jnp.int32)], axis=1)
+
+
+def verify(
+  spec: Spec,
+  params: tuple[nnx.State, nnx.State],
+  cache: KVCache,
+  prefix: KVCache,
+  state: SlotState,
+  leave_at: jax.Array,
+  tries: Tries,
+  context: jax.Array,
+  drafting: jax.Array,
+) -> tuple[KVCache, SlotState, jax.Array]:
+  """`decode` with drafts (`inference.lookup`): up to C tokens a step and active slot.
+
+  Args:
+    spec: static; its `lookup` is set.
+    params, cache, prefix, state, leave_at, tries: as for `decode`.
+    context: int32 [S, the prefix's length], the cached tokens.
+    drafting: bool [S], slots that draft; the others sample one token a step.
+
+  Returns:
+    As `decode`, with `decode_steps * C` in place of `decode_steps` (-1 between the tokens, too),
+    and three columns more at the end: steps with a draft (which may be empty), its tokens, and
+    those accepted.
+  """
+  slots, width = spec.num_slots, spec.lookup.draft_len + 1
+  columns = spec.decode_steps * width
+  tokens = jnp.full((slots, columns + 1), -1, jnp.int32).at[:, 0].set(state.first)
+  logprobs = jnp.zeros((slots, columns + 1), jnp.float32).at[:, 0].set(state.first_logprob)
+  before, ahead, rows = state.lengths, jnp.arange(width), jnp.arange(slots)[:, None]
+  context = jnp.pad(context, ((0, 0), (0, columns + 1)))
+  context = context.at[rows[:, 0], before].set(state.last)
+  at_columns = lambda array, value, start: jax.lax.dynamic_update_slice(array, value, (0, start))
+
+  def unfinished(carry):
+    step, state = carry[:2]
+    return (step < spec.decode_steps) & (jnp.sum(state.active) > leave_at)
+
+  def advance(carry):
+    step, state, tail, places, context, tokens, logprobs, counts, nodes = carry
+    drafts, drafted = lookup.propose(context, state.lengths + 1, spec.lookup)
+    drafted = jnp.where(state.active & drafting, jnp.minimum(drafted, state.remaining - 1), 0)
+    start, own = step * width, state.lengths[:, None] + ahead
+    places = at_columns(places, own, start)
+    fed = jnp.concatenate([state.last[:, None], drafts], axis=1)
+    hidden, tail = decoder.forward_step(
+      spec.graphdef, *params, fed, prefix, tail, before, start, places
+    )
+    seeds = jnp.broadcast_to(state.seed[:, None], fed.shape)
+    indices = state.index[:, None] + ahead.astype(jnp.uint32)
+    restricted, path = (), [nodes]
+    if nodes is not None:
+      for i in range(width - 1):
+        path.append(trie.follow(edges, path[-1], drafts[:, i]))
+      path = jnp.stack(path, axis=1)
+      restricted = jnp.repeat(edges, width, axis=0), path.reshape(-1)
+    chosen = _choose(
+      spec, params, hidden.reshape(-1, hidden.shape[-1]), state.engine_seed, seeds.reshape(-1),
+      indices.reshape(-1), *restricted
+    )
+    new, logprob, stop = (x.reshape(fed.shape) for x in chosen)
+    # Kept: what the draft had right, the choice behind it, and nothing behind a stop token.
+    kept = ahead <= lookup.accepted(drafts, drafted, new)[:, None]
+    kept &= jnp.cumsum(stop, axis=1) - stop == 0
+    kept &= state.active[:, None]
+    count = jnp.sum(kept, axis=1, dtype=jnp.int32)
+    final = jnp.maximum(count - 1, 0)[:, None]
+    newest = jnp.take_along_axis(new, final, axis=1)[:, 0]
+    if nodes is not None:
+      behind = trie.follow(edges, jnp.take_along_axis(path, final, axis=1)[:, 0], newest)
+      nodes = jnp.where(count > 0, behind, nodes)
+    places = at_columns(places, jnp.where(kept, own, kv_cache.OUTSIDE), start)
+    context = context.at[rows, jnp.where(kept, own + 1, kv_cache.OUTSIDE)].set(new, mode='drop')
+    tokens = at_columns(tokens, jnp.where(kept, new, -1), start + 1)
+    logprobs = at_columns(logprobs, logprob, start + 1)
+    remaining = state.remaining - count
+    verified = (state.active & drafting).astype(jnp.int32)
+    counts += jnp.stack([verified, drafted, verified * (count - 1)], axis=1)
+    state = dataclasses.replace(
+      state,
+      lengths=state.lengths + count,
+      last=jnp.where(count > 0, newest, state.last),
+      active=state.active & ~jnp.any(stop & kept, axis=1) & (remaining > 0),
+      remaining=remaining,
+      index=state.index + count.astype(jnp.uint32),
+    )
+    return step + 1, state, tail, places, context, tokens, logprobs, counts, nodes
+
+  edges, nodes = _enter(tries, state)
+  places = jnp.full((slots, columns), kv_cache.OUTSIDE, jnp.int32)
+  counts = jnp.zeros((slots, 3), jnp.int32)
+  carry = (
+    jnp.int32(0), state, cache.tail(columns), places, context, tokens, logprobs, counts, nodes)
+  step, state, tail, places, _, tokens, logprobs, counts, _ = jax.lax.while_loop(
+    unfinished, advance, carry)
+  cache = cache.absorb(tail, places)
+  packed = _pack(tokens, logprobs, state.active, jnp.broadcast_to(step, (slots,)), *counts.T)
   return cache, dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed

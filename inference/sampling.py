@@ -43,7 +43,7 @@ GREEDY = SamplingConfig()
 
 
 def sample(
-  logits: jax.Array, config: SamplingConfig, keys: jax.Array
+  logits: jax.Array, config: SamplingConfig, keys: jax.Array, allowed: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token a row.
 
@@ -51,18 +51,23 @@ def sample(
     logits: float32 [R, V].
     config: static.
     keys: typed random keys [R], one stream a row, unused by greedy decoding.
+    allowed: bool [R, V], tokens to choose from, before top-k and top-p; None is all of them.
 
   Returns:
     tokens int32 [R] and their log-probabilities float32 [R] under the model's own distribution
     (temperature 1, nothing filtered).
   """
   peak = jnp.max(logits, axis=-1, keepdims=True)
+  choices, best = logits, peak
+  if allowed is not None:
+    choices = jnp.where(allowed, logits, -jnp.inf)
+    best = jnp.max(choices, axis=-1, keepdims=True)
   if config.temperature == 0.0:
     # Not argmax: XLA's CPU backend reduces (value, index) pairs without vectors, 3 ms for 32 rows.
     vocab = logits.shape[-1]
-    tokens = jnp.min(jnp.where(logits == peak, jnp.arange(vocab), vocab - 1), axis=-1)
+    tokens = jnp.min(jnp.where(choices == best, jnp.arange(vocab), vocab - 1), axis=-1)
   else:
-    weights = _filtered(jnp.exp((logits - peak) / config.temperature), config)
+    weights = _filtered(jnp.exp((choices - best) / config.temperature), config)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, ()))(keys)
     tokens = draw(weights, uniform)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)

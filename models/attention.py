@@ -74,7 +74,14 @@ def _choose(run, window: int, is_local: jax.Array | None) -> jax.Array:
 
 
 def cached_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, window: int = 0
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lengths: jax.Array,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
+  *,
+  window: int = 0,
 ) -> jax.Array:
   """Attention of the newest tokens over a cache that holds them already.
 
@@ -83,65 +90,97 @@ def cached_attention(
     k: [B, K, H, S], rotated. Its dtype is that of both products' operands.
     v: [B, K, S, H].
     lengths: int32 [B].
+    k_scale: [B, K, S] where keys are int8 codes; its dtype is then that of the operands.
+    v_scale: likewise of the values.
     window: as in `attention`.
 
   Returns:
     float32 [B, T, N, H].
   """
   batch, width, heads, head_dim = q.shape
-  kv_heads = k.shape[1]
   index = lengths[:, None] + jnp.arange(width)
   mask = jnp.arange(k.shape[-1]) <= index[:, :, None]
   if window:
     mask &= jnp.arange(k.shape[-1]) > index[:, :, None] - window
-  q = (q * head_dim**-0.5).astype(k.dtype)
-  q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-  scores = _product(q, k, 2)
+  scores = _scores(_grouped(q, k.shape[1]), k, k_scale)
   scores = jnp.where(mask[:, None, None], scores, MASKED)
   weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-  out = _product(weights.astype(v.dtype), v, 2) / weights.sum(axis=-1, keepdims=True)
+  out = _weighted(weights, v, v_scale) / weights.sum(axis=-1, keepdims=True)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
 
 
 def decode_attention(
   q: jax.Array,
-  prefix: tuple[jax.Array, jax.Array],
-  tail: tuple[jax.Array, jax.Array],
+  prefix: tuple[jax.Array | None, ...],
+  tail: tuple[jax.Array | None, ...],
   lengths: jax.Array,
   step: jax.Array,
+  places: jax.Array | None = None,
   *,
   window: int = 0,
 ) -> jax.Array:
-  """Attention of one new token a row over a prefix and a tail that holds it already.
+  """Attention of the new tokens of each row over a prefix and a tail that holds them already.
 
   Args:
-    q: float32 [B, 1, N, H], rotated.
-    prefix: keys [B, K, H, S], rotated, and values [B, K, S, H].
-    tail: keys [B, K, H, W] and values [B, K, W, H]: what came after the prefix.
+    q: float32 [B, T, N, H], rotated.
+    prefix: keys [B, K, H, S], rotated, and values [B, K, S, H]; of an int8 cache their scales
+      [B, K, S], too.
+    tail: keys [B, K, H, W] and values [B, K, W, H], likewise: what came after the prefix.
     lengths: int32 [B], valid positions of the prefix.
-    step: int32, the token's index in the tail.
+    step: int32, the first new token's column of the tail.
+    places: int32 [B, W], the position of each column, beyond all others for one that does not
+      count; None: a row's columns follow its prefix.
     window: as in `attention`.
 
   Returns:
-    float32 [B, 1, N, H].
+    float32 [B, T, N, H].
   """
-  (k, v), (tail_k, tail_v) = prefix, tail
+  (k, v, *scales), (tail_k, tail_v, *tail_scales) = prefix, tail
+  k_scale, v_scale = scales or (None, None)
+  tail_k_scale, tail_v_scale = tail_scales or (None, None)
   batch, width, heads, head_dim = q.shape
-  kv_heads = k.shape[1]
-  q = (q * head_dim**-0.5).astype(k.dtype)
-  q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-  old = jnp.arange(k.shape[-1]) < lengths[:, None]
-  new = jnp.arange(tail_k.shape[-1]) <= step
+  if places is None:
+    places = lengths[:, None] + jnp.arange(tail_k.shape[-1])
+  own = jax.lax.dynamic_slice_in_dim(places, step, width, axis=1)[:, :, None]
+  old = jnp.arange(k.shape[-1]) < lengths[:, None, None]
+  new = places[:, None] <= own
   if window:
-    old &= jnp.arange(k.shape[-1]) > (lengths + step - window)[:, None]
-    new &= jnp.arange(tail_k.shape[-1]) > step - window
-  old = jnp.where(old[:, None, None, None], _product(q, k, 2), MASKED)
-  new = jnp.where(new, _product(q, tail_k, 2), MASKED)
+    old &= jnp.arange(k.shape[-1]) > own - window
+    new &= places[:, None] > own - window
+  q = _grouped(q, k.shape[1])
+  old = jnp.where(old[:, None, None], _scores(q, k, k_scale), MASKED)
+  new = jnp.where(new[:, None, None], _scores(q, tail_k, tail_k_scale), MASKED)
   peak = jnp.maximum(old.max(axis=-1, keepdims=True), new.max(axis=-1, keepdims=True))
   old, new = jnp.exp(old - peak), jnp.exp(new - peak)
-  out = _product(old.astype(v.dtype), v, 2) + _product(new.astype(v.dtype), tail_v, 2)
+  out = _weighted(old, v, v_scale) + _weighted(new, tail_v, tail_v_scale)
   out /= old.sum(axis=-1, keepdims=True) + new.sum(axis=-1, keepdims=True)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
+
+
+def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
+  """q [B, T, N, H] -> [B, K, G, T, H], divided by the square root of H."""
+  batch, width, heads, head_dim = q.shape
+  q = (q * head_dim**-0.5).reshape(batch, width, kv_heads, heads // kv_heads, head_dim)
+  return q.transpose(0, 2, 3, 1, 4)
+
+
+def _scores(q: jax.Array, k: jax.Array, scale: jax.Array | None) -> jax.Array:
+  """Products of q [B, K, G, T, H] with keys [B, K, H, S]: float32 [B, K, G, T, S].
+
+  The scale of a key multiplies its scores: its codes are never multiplied out.
+  """
+  if scale is None:
+    return _product(q.astype(k.dtype), k, 2)
+  scores = _product(q.astype(scale.dtype), k.astype(scale.dtype), 2)
+  return scores * scale[:, :, None, None].astype(jnp.float32)
+
+
+def _weighted(weights: jax.Array, v: jax.Array, scale: jax.Array | None) -> jax.Array:
+  """Sums of values [B, K, S, H] by weights float32 [B, K, G, T, S]: float32 [B, K, G, T, H]."""
+  if scale is None:
+    return _product(weights.astype(v.dtype), v, 2)
+  weights = weights * scale[:, :, None, None].astype(jnp.float32)
+  return _product(weights.astype(scale.dtype), v.astype(scale.dtype), 2)
 
 
 def _product(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:

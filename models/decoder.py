@@ -465,7 +465,7 @@ def forward_cached(
     lora: the adapter's state.
     frozen: the other parameters.
     tokens: int32 [B, T], the new tokens of each row, padded at the end.
-    cache: the products of attention have its dtype.
+    cache: the products of attention have its dtype; that of its scales where it is int8.
     lengths: int32 [B], tokens already in each row's slot.
     counts: int32 [B], valid new tokens; a row with 0 leaves its slot as it is.
     attend_len: static; at least max(lengths + counts) over the rows with new tokens.
@@ -480,17 +480,15 @@ def forward_cached(
   config = model.config
   rotary = _rotary(config, lengths[:, None] + jnp.arange(tokens.shape[1]))
   x, layers = _embed(model, tokens), []
-  caches = zip(cache.k, cache.v, strict=True)
-  for block, window, own in zip(_unstacked(model), config.windows, caches, strict=True):
+  for block, window, own in zip(_unstacked(model), config.windows, cache.layers, strict=True):
 
     def attend(q, k, v, own=own, window=window):
-      layers.append(kv_cache.extend(*own, k, v, lengths, counts, slots))
-      k, v = kv_cache.read(*layers[-1], attend_len, slots)
-      return cached_attention(q, k, v, lengths, window=window)
+      layers.append(kv_cache.extend(own, k, v, lengths, counts, slots))
+      k, v, *scales = kv_cache.read(layers[-1], attend_len, slots)
+      return cached_attention(q, k, v, lengths, *scales, window=window)
 
     x = block(x, rotary[window], attend)
-  k, v = zip(*layers, strict=True)
-  return model.final_norm(x), KVCache(k, v)
+  return model.final_norm(x), KVCache.of(layers)
 
 
 def forward_step(
@@ -502,6 +500,7 @@ def forward_step(
   tail: KVCache,
   lengths: jax.Array,
   step: jax.Array,
+  places: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
   """One step of a decode loop over all slots, which `KVCache.absorb` ends.
 
@@ -509,28 +508,34 @@ def forward_step(
     graphdef: static, from `prepare_for_decode`.
     lora: the adapter's state.
     frozen: the other parameters.
-    tokens: int32 [B], the newest token of each slot.
+    tokens: int32 [B], the newest token of each slot; or [B, T], with what may follow it.
     prefix: of the cache, as it was before the loop; only read.
     tail: the loop's own tokens.
     lengths: int32 [B], tokens in each slot before the loop, at most the prefix's length.
-    step: int32, counts from 0.
+    step: int32, the first token's column of the tail.
+    places: int32 [B, W], the position of each column of the tail, `kv_cache.OUTSIDE` for one that
+      does not count; None: they follow the prefix.
 
   Returns:
-    float32 [B, D] after the final norm, and the tail with the token's keys and values.
+    float32 [B, D] (or [B, T, D]) after the final norm, and the tail with the tokens' keys and
+    values.
   """
   model = nnx.merge(graphdef, lora, frozen)
-  rotary = _rotary(model.config, (lengths + step)[:, None])
-  x, layers = _embed(model, tokens[:, None]), []
-  prefixes, tails = (zip(part.k, part.v, strict=True) for part in (prefix, tail))
-  windows = model.config.windows
-  for block, window, old, new in zip(_unstacked(model), windows, prefixes, tails, strict=True):
+  if places is None:
+    places = lengths[:, None] + jnp.arange(tail.max_len)
+  rows = tokens.reshape(tokens.shape[0], -1)
+  own = jax.lax.dynamic_slice_in_dim(places, step, rows.shape[1], axis=1)
+  rotary = _rotary(model.config, own)
+  x, layers, windows = _embed(model, rows), [], model.config.windows
+  layered = zip(_unstacked(model), windows, prefix.layers, tail.layers, strict=True)
+  for block, window, old, new in layered:
 
     def attend(q, k, v, old=old, new=new, window=window):
-      layers.append(kv_cache.put(*new, k, v, step))
-      return decode_attention(q, old, layers[-1], lengths, step, window=window)
+      layers.append(kv_cache.put(new, k, v, step))
+      return decode_attention(q, old, layers[-1], lengths, step, places, window=window)
 
     x = block(x, rotary[window], attend)
-  return model.final_norm(x)[:, 0], KVCache(*zip(*layers, strict=True))
+  return model.final_norm(x).reshape(*tokens.shape, -1), KVCache.of(layers)
 
 
 def _unstacked(model: Decoder) -> Iterator[Block]:

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from models.layers import from_bits, to_bits
+
+# A position that no slot has: what is written there is dropped, and no query sees it.
+OUTSIDE = 2**31 - 1
+
+
+class Layer(NamedTuple):
+  """One layer's keys and values.
+
+  Attributes:
+    k: [slots, K, H, max_len], rotated keys; int8 codes where there are scales.
+    v: [slots, K, max_len, H], likewise.
+    k_scale: [slots, K, max_len], what a key's codes are multiplied by; None but for int8.
+    v_scale: [slots, K, max_len], likewise of the values.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +41,15 @@ class KVCache:
   Attributes:
     k: L arrays [slots, K, H, max_len], rotated keys.
     v: L arrays [slots, K, max_len, H].
+    k_scale: L arrays [slots, K, max_len] of an int8 cache, a scale for each head and position; ()
+      for the other dtypes. A scale has the model's compute dtype, which attention then has, too.
+    v_scale: likewise of the values.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
+  k_scale: tuple[jax.Array, ...] = ()
+  v_scale: tuple[jax.Array, ...] = ()
 
   @classmethod
   def init(cls, config, num_slots: int, max_len: int, dtype: str = 'float32') -> KVCache:
@@ -33,16 +59,31 @@ class KVCache:
       config: DecoderConfig.
       num_slots: rows.
       max_len: tokens a slot can hold.
-      dtype: 'float32' or 'bfloat16'. bfloat16 is kept as `layers.to_bits` on CPU, where its scatter
-        is 7 times slower.
+      dtype: 'float32', 'bfloat16' or 'int8'. bfloat16 is kept as `layers.to_bits` on CPU, where its
+        scatter is 7 times slower.
     """
     heads, width = config.num_kv_heads, config.head_dim
-    dtype = to_bits(jnp.zeros((), dtype)).dtype
 
-    def empty(*shape):
+    def empty(dtype, *shape):
+      dtype = to_bits(jnp.zeros((), dtype)).dtype
       return tuple(jnp.zeros((num_slots, *shape), dtype) for _ in range(config.num_layers))
 
-    return cls(empty(heads, width, max_len), empty(heads, max_len, width))
+    arrays = empty(dtype, heads, width, max_len), empty(dtype, heads, max_len, width)
+    if dtype != 'int8':
+      return cls(*arrays)
+    return cls(*arrays, *(empty(config.dtype, heads, max_len) for _ in range(2)))
+
+  @classmethod
+  def of(cls, layers: Iterable[Layer]) -> KVCache:
+    """The cache of these layers."""
+    k, v, k_scale, v_scale = zip(*layers, strict=True)
+    return cls(k, v) if k_scale[0] is None else cls(k, v, k_scale, v_scale)
+
+  @property
+  def layers(self) -> list[Layer]:
+    """The layers in their order."""
+    parts = (self.k, self.v, self.k_scale, self.v_scale)
+    return [Layer(*layer) for layer in zip(*filter(None, parts), strict=True)]
 
   @property
   def num_slots(self) -> int:
@@ -52,90 +93,151 @@ class KVCache:
   def max_len(self) -> int:
     return self.v[0].shape[2]
 
+  @property
+  def nbytes(self) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(self))
+
+  def _map(self, function: Callable[[jax.Array, int], jax.Array]) -> KVCache:
+    """`function(array, the axis of its positions)` of all arrays."""
+    fields = ((self.k, 3), (self.v, 2), (self.k_scale, 2), (self.v_scale, 2))
+    return KVCache(*(tuple(function(array, axis) for array in part) for part, axis in fields))
+
   def prefix(self, attend_len: int) -> KVCache:
     """The first `attend_len` positions, as values to read, for a loop of `decoder.forward_step`.
 
     Attention over a part of a cache makes XLA copy that part (and decode its bits) at every step;
     a loop that reads a prefix and writes a tail copies once.
     """
-    return KVCache(
-      tuple(from_bits(k[..., :attend_len]) for k in self.k),
-      tuple(from_bits(v[:, :, :attend_len]) for v in self.v),
-    )
+    cut = lambda x, axis: from_bits(jax.lax.slice_in_dim(x, 0, attend_len, axis=axis))
+    return self._map(cut)
+
+  def row(self, slot: jax.Array, attend_len: int) -> KVCache:
+    """The first `attend_len` positions of one slot, as they are kept: a cache of one slot."""
+
+    def cut(x, axis):
+      x = jax.lax.slice_in_dim(x, 0, attend_len, axis=axis)
+      return jax.lax.dynamic_slice_in_dim(x, slot, 1)
+
+    return self._map(cut)
+
+  def with_row(self, row: KVCache, slots: jax.Array, count: jax.Array) -> KVCache:
+    """This cache with a `row` at the beginning of the first `count` of slots, int32 [n]."""
+
+    def write(i, cache):
+      put = lambda x, new: jax.lax.dynamic_update_slice(x, new, (slots[i], *(0,) * (x.ndim - 1)))
+      return jax.tree.map(put, cache, row)
+
+    return jax.lax.fori_loop(0, count, write, self)
 
   def tail(self, steps: int) -> KVCache:
-    """Room for the tokens of a loop of `steps` decode steps, all slots at the same step."""
+    """Room for the tokens of a decode loop: as many columns for every slot."""
 
     def empty(x, axis):
       shape = (*x.shape[:axis], steps, *x.shape[axis + 1 :])
       return jnp.zeros(shape, jnp.bfloat16 if x.dtype == jnp.uint16 else x.dtype)
 
-    return KVCache(tuple(empty(k, 3) for k in self.k), tuple(empty(v, 2) for v in self.v))
+    return self._map(empty)
 
-  def absorb(self, tail: KVCache, lengths: jax.Array, counts: jax.Array) -> KVCache:
-    """This cache, each slot extended at `lengths` by the first `counts` tokens of its tail."""
-    layers = [
-      extend(k, v, new_k.transpose(0, 3, 1, 2), new_v.transpose(0, 2, 1, 3), lengths, counts, None)
-      for k, v, new_k, new_v in zip(self.k, self.v, tail.k, tail.v, strict=True)
-    ]
-    return KVCache(*zip(*layers, strict=True))
+  def absorb(self, tail: KVCache, places: jax.Array) -> KVCache:
+    """This cache with a tail's columns at `places`, int32 [slots, columns]; those OUTSIDE not."""
+    token_major = lambda x, axis: jnp.moveaxis(x, axis, 1)
+    news = tail._map(token_major).layers
+    return KVCache.of(
+      _write(layer, new, places, None) for layer, new in zip(self.layers, news, strict=True))
+
+
+def places(lengths: jax.Array, counts: jax.Array, width: int) -> jax.Array:
+  """int32 [B, width]: where a row's first `counts` tokens go, from `lengths` on; then OUTSIDE."""
+  offset = jnp.arange(width)
+  return jnp.where(offset < counts[:, None], lengths[:, None] + offset, OUTSIDE)
 
 
 def extend(
-  k: jax.Array,
-  v: jax.Array,
+  layer: Layer,
   new_k: jax.Array,
   new_v: jax.Array,
   lengths: jax.Array,
   counts: jax.Array,
   slots: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> Layer:
   """Writes the valid new tokens of each row into one layer's cache.
 
   Tokens beyond a row's count, and positions beyond max_len, get an index outside the array and are
   dropped by the scatter: they can neither wrap nor be clamped onto valid entries.
 
   Args:
-    k: [slots, K, H, S].
-    v: [slots, K, S, H].
-    new_k: [B, T, K, H].
-    new_v: [B, T, K, H].
+    layer: of the cache.
+    new_k: float32 [B, T, K, H].
+    new_v: float32 [B, T, K, H].
     lengths: int32 [B], where each row begins to write.
     counts: int32 [B], how many of its T tokens are valid.
     slots: int32 [B], the slot of each row; None: row b is slot b.
 
   Returns:
-    k and v, extended.
+    The layer, extended.
   """
-  batch, width = new_k.shape[:2]
-  offset = jnp.arange(width)
-  index = jnp.where(offset < counts[:, None], lengths[:, None] + offset, v.shape[2])
-  rows = jnp.arange(batch) if slots is None else slots
-  rows = jnp.broadcast_to(rows[:, None], index.shape)
-  k = k.at[rows, :, :, index].set(_encode(new_k, k), mode='drop')
-  v = v.at[rows, :, index].set(_encode(new_v, v), mode='drop')
-  return k, v
+  at = places(lengths, counts, new_k.shape[1])
+  return _write(layer, _encode(new_k, new_v, layer), at, slots)
 
 
-def put(
-  k: jax.Array, v: jax.Array, new_k: jax.Array, new_v: jax.Array, step: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Writes new_k and new_v [B, 1, K, H] at position `step` of one layer's tail."""
-  new_k, new_v = new_k.transpose(0, 2, 3, 1), new_v.transpose(0, 2, 1, 3)
-  k = jax.lax.dynamic_update_slice_in_dim(k, new_k.astype(k.dtype), step, 3)
-  return k, jax.lax.dynamic_update_slice_in_dim(v, new_v.astype(v.dtype), step, 2)
+def put(layer: Layer, new_k: jax.Array, new_v: jax.Array, column: jax.Array) -> Layer:
+  """Writes new_k and new_v [B, T, K, H] from `column` on into one layer's tail."""
+  new = _encode(new_k, new_v, layer)
+  arrays = []
+  for array, value, axis in zip(layer, new, (3, 2, 2, 2), strict=True):
+    if array is not None:
+      value = jnp.moveaxis(value, 1, axis)
+      array = jax.lax.dynamic_update_slice_in_dim(array, value, column, axis)
+    arrays.append(array)
+  return Layer(*arrays)
 
 
-def read(
-  k: jax.Array, v: jax.Array, attend_len: int, slots: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """The first `attend_len` positions of each row's slot: [B, K, H, S] and [B, K, S, H]."""
-  if attend_len < v.shape[2]:
-    k, v = k[..., :attend_len], v[:, :, :attend_len]
-  if slots is not None:
-    k, v = k[slots], v[slots]
-  return from_bits(k), from_bits(v)
+def read(layer: Layer, attend_len: int, slots: jax.Array | None) -> Layer:
+  """The first `attend_len` positions of each row's slot, [B, ...], as values to read."""
+
+  def rows(x, axis):
+    if x is None:
+      return None
+    x = jax.lax.slice_in_dim(x, 0, attend_len, axis=axis)
+    return from_bits(x if slots is None else x[slots])
+
+  return Layer(*map(rows, layer, (3, 2, 2, 2)))
 
 
-def _encode(new: jax.Array, cache: jax.Array) -> jax.Array:
-  return to_bits(new.astype(jnp.bfloat16)) if cache.dtype == jnp.uint16 else new.astype(cache.dtype)
+def _write(layer: Layer, new: Layer, at: jax.Array, slots: jax.Array | None) -> Layer:
+  """Puts new tokens, arrays [B, T, K, ...], at positions int32 [B, T] of each row's slot."""
+  rows = jnp.arange(at.shape[0]) if slots is None else slots
+  rows = jnp.broadcast_to(rows[:, None], at.shape)
+  k = layer.k.at[rows, :, :, at].set(_as(new.k, layer.k), mode='drop')
+  v = layer.v.at[rows, :, at].set(_as(new.v, layer.v), mode='drop')
+  if layer.k_scale is None:
+    return Layer(k, v)
+  scales = (
+    held.at[rows, :, at].set(_as(value, held), mode='drop')
+    for held, value in zip(layer[2:], new[2:], strict=True))
+  return Layer(k, v, *scales)
+
+
+def _encode(new_k: jax.Array, new_v: jax.Array, layer: Layer) -> Layer:
+  """New tokens float32 [B, T, K, H] as a layer keeps them, in that order of axes."""
+  if layer.k_scale is None:
+    return Layer(_as(new_k, layer.k), _as(new_v, layer.v))
+  (k, k_scale), (v, v_scale) = (_quantised(x, layer.k_scale) for x in (new_k, new_v))
+  return Layer(k, v, k_scale, v_scale)
+
+
+def _quantised(x: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Codes from -127 to 127 of x [..., H] and their scales [...], which are kept as `like` is."""
+  scale = jnp.max(jnp.abs(x), axis=-1) / 127
+  if like.dtype != jnp.float32:
+    # Rounded upwards: the codes of the largest number must not leave their range.
+    scale = (scale * (1 + 2**-8)).astype(jnp.bfloat16)
+  value = scale.astype(jnp.float32)[..., None]
+  codes = jnp.round(x / jnp.where(value > 0, value, 1.0)).astype(jnp.int8)
+  return codes, _as(scale, like)
+
+
+def _as(new: jax.Array, held: jax.Array) -> jax.Array:
+  if new.dtype == held.dtype:
+    return new
+  return to_bits(new.astype(jnp.bfloat16)) if held.dtype == jnp.uint16 else new.astype(held.dtype)

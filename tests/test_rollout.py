@@ -239,6 +239,11 @@ def test_bad_input_is_one_sentence_on_the_terminal(tmp_path, arg, flags, code, s
 
 @pytest.mark.parametrize('arg, says', [
   ('slots=0', 'slots'),
+  ('slot_groups=0', 'slot_groups'),
+  ('cache_dtype=int4', 'float32, bfloat16 or int8'),
+  ('lookup=-1', 'lookup=-1'),
+  ('constrained=true,agent=expert', 'needs another agent'),
+  ('constrained=true,agent=stateact', 'more than a command'),
   ('memory=hints', 'bank=FILE'),
   ('memory=dreams', "no memory 'dreams'"),
   ('data=/nowhere', '/nowhere'),

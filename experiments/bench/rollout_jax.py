@@ -89,8 +89,8 @@ def _split_of_time(engine: Engine, wall_s: float, environment_s: float) -> dict[
   """Seconds by what they were spent on; the host has what nothing else has."""
   stats = engine.stats
   named = {
-    'prefill_s': stats.prefill_s, 'decode_s': stats.decode_s, 'compile_s': stats.compile_s,
-    'environment_s': environment_s}
+    'prefill_s': stats.prefill_s + stats.copy_s, 'decode_s': stats.decode_s,
+    'compile_s': stats.compile_s, 'environment_s': environment_s}
   return {'wall_s': wall_s, **named, 'host_s': max(0.0, wall_s - sum(named.values()))}
 
 
@@ -140,7 +140,8 @@ def play(job: dict[str, Any]) -> dict[str, Any]:
     'env_steps': sum(e.env_steps for e in episodes), 'compile_first_s': compile_s,
     'terminations': dict(collections.Counter(e.termination for e in episodes)),
     'stats': engine.stats.as_dict(), 'prefilled': engine.stats.prefilled,
-    'generated': engine.stats.generated, 'device_name': jax.devices()[0].device_kind,
+    'copied': engine.stats.copied, 'generated': engine.stats.generated,
+    'device_name': jax.devices()[0].device_kind,
     'transcripts': [transcript(e) for e in episodes if e.steps]}
 
 
@@ -216,8 +217,8 @@ def replay(job: dict[str, Any]) -> dict[str, Any]:
     wall_s = drive(engine, transcripts, turns)
   return {
     **_split_of_time(engine, wall_s, 0.0), 'episodes': len(transcripts),
-    'prefilled': engine.stats.prefilled, 'generated': engine.stats.generated,
-    'stats': engine.stats.as_dict()}
+    'prefilled': engine.stats.prefilled, 'copied': engine.stats.copied,
+    'generated': engine.stats.generated, 'stats': engine.stats.as_dict()}
 
 
 # The bound of decoding.
@@ -298,8 +299,8 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
         for _ in range(2):  # The first compiles.
           for slot in range(slots):
             engine.submit(slot, rng.integers(0, vocab, prompt), steps, reset=True)
-          wanted = engine.stats.prefilled + slots * prompt
-          while engine.stats.prefilled < wanted:
+          wanted = engine.stats.prefilled + engine.stats.copied + slots * prompt
+          while engine.stats.prefilled + engine.stats.copied < wanted:
             engine.step()
           before, traces = engine.stats.generated, engine.stats.traces
           start = time.perf_counter()

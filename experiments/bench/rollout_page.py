@@ -41,6 +41,7 @@ def rates(records: Sequence[Mapping[str, Any]], env_steps: int) -> dict[str, Any
     'env_steps_per_s': env_steps * len(records) / wall,
     'generated_per_s': mean('generated'), 'prefilled_per_s': mean('prefilled'),
     'generated': records[0]['generated'], 'prefilled': records[0]['prefilled'],
+    'copied': records[0].get('copied', 0),
     'split': split_of_time(
       {key: sum(r.get(key, 0.0) for r in records)
        for key in ['wall_s', *(f'{part}_s' for part in _PARTS)]})}

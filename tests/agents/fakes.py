@@ -124,7 +124,8 @@ class ScriptedEngine:
     self._pending: dict[int, tuple[int, int]] = {}
     self.submitted = 0
 
-  def submit(self, slot, tokens, max_new_tokens, *, reset=False, keep=None, seed=None):
+  def submit(self, slot, tokens, max_new_tokens, *, reset=False, keep=None, seed=None,
+             allowed=None):
     assert slot not in self._pending and len(tokens)
     cached = 0 if reset else len(self.context[slot]) if keep is None else keep
     assert cached <= len(self.context[slot])
@@ -149,6 +150,10 @@ class ScriptedEngine:
     return [self._completion(
       slot=slot, tokens=np.asarray(ids, np.int32), logprobs=np.full(len(ids), -0.5, np.float32),
       stop_reason=stop, prefilled_tokens=prefilled, prompt_tokens=prompt)]
+
+  def forget(self):
+    assert not self._pending
+    self.context = [[] for _ in range(self.num_slots)]
 
   def run_until_complete(self):
     done = []

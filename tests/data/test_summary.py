@@ -33,3 +33,13 @@ def test_paired_interval_matches_the_normal_approximation():
 def test_paired_refuses_other_tasks():
   with pytest.raises(errors.UserError, match='different tasks'):
     summary.paired(_episodes([1, 0]), _episodes([1]), a_id='a', b_id='b')
+
+
+def test_the_engine_s_line_says_what_was_computed_and_what_copied():
+  assert summary.engine_line({}) == ''
+  stats = {'prefilled': 12345, 'copied': 400, 'generated': 67, 'verified': 0,
+           'accepted_per_step': 0.0}
+  line = summary.engine_line(stats)
+  assert '12,345 tokens prefilled, 400 copied' in line and line.endswith('67 generated')
+  line = summary.engine_line(stats | {'verified': 8, 'accepted_per_step': 1.25})
+  assert '1.25 of a draft accepted a verifying step' in line

@@ -34,7 +34,7 @@ def environment():
 
 def test_from_the_search_page_to_the_purchase(environment):
   assert environment.reset() == 'WebShop\n[Search]'
-  assert environment.admissible_commands() == []
+  assert environment.admissible_commands() == [] and environment.command_openings() == ['search[']
   lines = environment.step('search[oak table]').observation.split('\n')
   assert lines[:6] == [
     '[Back to Search]', 'Page 1 (Total results: 25)', '[Next >]', '[B000000000]', 'Oak Table 0',

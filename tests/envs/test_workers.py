@@ -68,6 +68,7 @@ def test_answers_are_those_of_the_environment_itself(houses, data):
   for _ in range(data.draw(strategies.integers(0, 8))):
     commands = own.admissible_commands()
     assert remote.admissible_commands() == commands
+    assert remote.command_openings() == base.openings_of(own)
     command = data.draw(strategies.sampled_from([*commands, 'sing', '']))
     assert own.step(command) == remote.step(command)
   remote.close()

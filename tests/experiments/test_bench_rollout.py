@@ -282,7 +282,8 @@ def test_a_small_run_and_the_same_again(tmp_path):
   assert set(play['peers']) == {'reprefill', 'cached'} and len(play['ours']['by_run']) == 2
   assert play['peers']['cached']['generated'] == play['ours']['generated'] == (
     play['free']['generated'])
-  assert play['peers']['cached']['prefilled'] == play['ours']['prefilled']
+  ours = play['ours']
+  assert play['peers']['cached']['prefilled'] == ours['prefilled'] + ours['copied']
   assert [row['slots'] for row in found['decode']['rows']] == [1, 2]
   assert all(row['share_of_bound'] > 0 and not row['retraced'] and math.isfinite(row['bound_s'])
              for row in found['decode']['rows'])

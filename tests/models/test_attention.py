@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from models.attention import attention, cached_attention, decode_attention
+from models.kv_cache import OUTSIDE
 
 
 def draw(batch, width, heads=6, kv_heads=2, head_dim=8, seed=0):
@@ -111,3 +112,11 @@ def test_a_sliding_window_over_a_cache_equals_plain(window):
   for step in (0, 7):
     got = decode_attention(q[:, 30 + step][:, None], prefix, tail, lengths, step, window=window)
     np.testing.assert_allclose(got[:, 0], want[:, 30 + step], atol=1e-5)
+  # Three tokens at once, behind columns with holes: drafts that were rejected.
+  columns = jnp.asarray([0, 3, 4, 9, 10, 11])
+  places = jnp.full((3, 12), OUTSIDE).at[:, columns].set(30 + jnp.arange(6))
+  tail = (jnp.full((*keys.shape[:3], 12), 5.0).at[..., columns].set(keys[..., 30:36]),
+          jnp.full((3, values.shape[1], 12, values.shape[3]), 5.0)
+          .at[:, :, columns].set(values[:, :, 30:36]))
+  got = decode_attention(q[:, 33:36], prefix, tail, lengths, 9, places, window=window)
+  np.testing.assert_allclose(got, want[:, 33:36], atol=1e-5)
