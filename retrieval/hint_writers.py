@@ -47,6 +47,11 @@ _SYSTEMS = {
     agent='a shopping agent', elsewhere=' for other products', wording=(
       'Name buttons exactly as the record does; write {item} for the product that is wanted and '
       '{size}, {color}, {material} and {attribute} for what is asked of it.')),
+  'scienceworld': _REQUEST.format(
+    agent='an agent in a science laboratory', elsewhere=' on other things', wording=(
+      'Name tools and commands exactly as the record does; write {object} for the thing or '
+      'substance that the task is about, {container} for where it has to go and {location} for a '
+      'room that may be another one.')),
 }
 # One's own environment: what differs between tasks is not known.
 _SYSTEM = _REQUEST.format(

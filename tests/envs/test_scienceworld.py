@@ -1,6 +1,7 @@
 """ScienceWorld behind our interface: official scores, splits and gold paths; Java that fails."""
 
 import collections
+import gc
 import itertools
 import json
 import os
@@ -11,8 +12,15 @@ import sys
 import pytest
 
 import envs
+import rollout
+from agents import episode, expert_episodes, formats
+from configs import experience_retrieval as experience_config
+from configs import hint_distillation as distillation_config
+from configs import rollout as rollout_config
 from data import errors
 from envs import base, scienceworld, scienceworld_server, workers
+from experiments import experience_retrieval
+from tests.agents import fakes
 
 SHORT = 'lifespan-shortest-lived'
 
@@ -22,8 +30,16 @@ def suite():
   """One suite, whose one Java process all tests share."""
   pytest.importorskip('scienceworld')
   made = envs.get_suite('scienceworld', task_types=f'{SHORT},power-component', num_tasks=3)
-  yield made
+  with pytest.MonkeyPatch.context() as patch:
+    # For a few games the better one of Java's compilers does not pay.
+    patch.setenv('JAVA_TOOL_OPTIONS', '-XX:TieredStopAtLevel=1')
+    yield made
   made.close()
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory):
+  return fakes.make_tokenizer(tmp_path_factory.mktemp('tokenizer'))
 
 
 @pytest.fixture
@@ -120,6 +136,44 @@ def test_a_number_answers_an_ambiguous_request(suite):
   environment.close()
 
 
+@pytest.mark.parametrize('agent', [
+  'plain', 'stateact', pytest.param('react', marks=pytest.mark.slow)])
+def test_the_expert_s_episodes_in_every_format(suite, tokenizer, agent):
+  spec = episode.AgentSpec(
+    formats.name_for(agent, 'scienceworld'), max_env_steps=0, max_calls=0, max_repeats=0)
+  task = suite.tasks('train')[2]
+  played = expert_episodes.expert_episode(
+    suite, task, tokenizer, spec, episode.Labels('expert', 'expert', 'train', 0))
+  assert played.success and played.score == pytest.approx(1.0)
+  assert played.env_steps == played.model_calls < 30
+  if agent == 'stateact':
+    assert played.steps[-1].reply.splitlines()[2] == 'current location: outside'
+
+
+def test_the_configs_choose_it_by_name():
+  config = rollout_config.get_config('env=scienceworld,task_types=hard,slots=3,split=test')
+  suite = rollout.make_suite(config)
+  assert isinstance(suite, workers.WorkerSuite) and suite._limit == 3
+  assert suite._task_types == list(scienceworld.HARD_TYPES)
+  assert rollout.make_spec(config).max_env_steps == 0
+  for setting in ('scienceworld', 'scienceworld_paper'):
+    chosen = experience_config.get_config(f'setting={setting}')
+    run = experience_retrieval.Experiment(chosen, None)
+    made = [
+      rollout.make_suite(rollout_config.make({
+        'env': chosen.env, 'env_options': chosen.env_options, **run.tasks_of(kind)}))
+      for kind in ('easy', 'hard')]
+    assert [len(s._task_types) for s in made] == [17, 13]
+    assert made[0]._variations == {'train': 0, 'dev': 5, 'test': 5}
+  assert experience_config.get_config('setting=scienceworld_paper').epochs == 29.0
+  # The keys of the other loop take it by name, too.
+  loop = distillation_config.get_config(
+    'env=scienceworld,task_types=easy,loop_skills=official,env_options=,eval_split=test')
+  assert rollout.make_suite(rollout_config.make(
+    {key: loop[key] for key in rollout_config.DEFAULTS if key in loop})).name == 'scienceworld'
+
+
+@pytest.mark.slow
 def test_an_expert_that_errs_on_purpose_does_otherwise(suite):
   task = suite.tasks('train')[0]
   path = suite.gold_path(task)
@@ -141,7 +195,7 @@ def test_action_templates_are_the_simulator_s(suite, server):
     assert forms <= set(scienceworld._TEMPLATES)
 
 
-def test_a_simulator_that_dies_ends_its_game_and_no_other(suite):
+def test_a_simulator_that_dies_ends_its_game_and_no_other(suite, caplog):
   environment = suite.make(suite.tasks('train')[0])
   environment.reset()
   os.kill(environment._server.pid, signal.SIGKILL)
@@ -151,6 +205,9 @@ def test_a_simulator_that_dies_ends_its_game_and_no_other(suite):
   other = suite.make(suite.tasks('train')[0])
   assert other.reset().startswith('This ')
   other.close()
+  # Objects of the one that died are let go of in silence.
+  gc.collect()
+  assert not caplog.records
 
 
 def test_without_java_a_sentence_says_what_to_install(monkeypatch):
