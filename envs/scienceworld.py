@@ -16,7 +16,7 @@ from typing import Any
 
 from data.errors import UserError
 from envs import scienceworld_server
-from envs.base import Decision, Limits, StepResult, Task
+from envs.base import Decision, EngineDied, Limits, StepResult, Task
 from envs.scienceworld_server import Server
 
 SPLITS = ('train', 'dev', 'test')
@@ -226,7 +226,7 @@ class ScienceWorldSuite:
     test_variations: int = 0,
     num_tasks: int = 0,
     memory_mb: int = 512,
-    timeout: float = 60.0,
+    timeout: float = 300.0,
   ):
     """Describes the tasks; Java is started when they are asked for.
 
@@ -239,7 +239,7 @@ class ScienceWorldSuite:
       test_variations: of each task in the other splits, likewise.
       num_tasks: of each split, the first ones; 0 for all.
       memory_mb: of the heap of each Java process.
-      timeout: seconds in which the simulator has to answer.
+      timeout: seconds in which the simulator has to answer; a gold path can take it a minute.
 
     Raises:
       UserError: an option has no meaning.
@@ -312,11 +312,20 @@ class ScienceWorldSuite:
     return GoldExpert(self, task, error_rate, seed)
 
   def gold_path(self, task: Task) -> list[str]:
-    """The simulator's own solution of a task."""
+    """The simulator's own solution of a task.
+
+    Raises:
+      UserError: it did not find one in time.
+    """
     server = self.take_server()
     payload = task.payload
-    server.load(payload['task'], payload['variation'], self.simplifications, gold=True)
-    path = server.gold_path()
+    try:
+      server.load(payload['task'], payload['variation'], self.simplifications, gold=True)
+      path = server.gold_path()
+    except EngineDied as error:
+      raise UserError(
+        f'{task.id}: there is no gold path, {error}; start the same command again, with more '
+        f'seconds (env_options=timeout:{2 * self._timeout:g}) or memory (memory_mb).') from error
     self.give_back(server)
     return path
 

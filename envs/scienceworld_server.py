@@ -62,7 +62,7 @@ class Server:
   then, and another one has to be started.
   """
 
-  def __init__(self, memory_mb: int = 512, timeout: float = 60.0):
+  def __init__(self, memory_mb: int = 512, timeout: float = 300.0):
     """Starts it.
 
     Args:
