@@ -133,8 +133,12 @@ def make_model(config, base, mesh):
 
 def check(config) -> None:
   """Raises a UserError for numbers with which `fit` cannot train."""
-  if config.batch_rows < 1 or config.grad_accum < 1 or config.row_len < 2 or config.epochs <= 0:
-    raise errors.UserError('batch_rows, grad_accum, row_len and epochs must be positive.')
+  if config.batch_rows < 1 or config.grad_accum < 1 or config.epochs <= 0:
+    raise errors.UserError('batch_rows, grad_accum and epochs must be positive.')
+  if config.row_len < 0 or config.row_len == 1:
+    raise errors.UserError(
+      f'row_len={config.row_len} holds no token and the one before it; give at least 2, or 0 for '
+      'the length that packs well.')
   if config.log_every < 1 or config.checkpoint_every < 1:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
   if config.remat not in ('auto', 'none', 'mlp', 'full'):
@@ -252,15 +256,16 @@ def fit(
     give_score(start)
 
   # What it will take.
-  places = config.grad_accum * config.batch_rows * config.row_len
+  row_len = rows.tokens.shape[1]
+  places = config.grad_accum * config.batch_rows * row_len
   loss_places = config.grad_accum * shards * batches.loss_budget
   step_flops = cost.train_flops(
-    model.config, model.lora_config, places, loss_places, config.row_len
+    model.config, model.lora_config, places, loss_places, row_len
   )
   rate = speed.product_rate(config.dtype)
   predicted_s = speed.predict_seconds(step_flops * (batches.num_steps - start), rate * mesh.size)
   processes.say(
-    f'training: {rows.num_examples} examples in {rows.num_rows} rows of {config.row_len} '
+    f'training: {rows.num_examples} examples in {rows.num_rows} rows of {row_len} '
     f'({rows.efficiency:.0%} full), {batches.num_tokens} tokens, {batches.num_loss_tokens} with a '
     f'loss; steps {start} to {batches.num_steps} on {mesh.size} of {jax.device_count()} devices, '
     f'about {predicted_s / 60:.1f} min'
@@ -323,6 +328,7 @@ def fit(
     'tokens': batches.num_tokens,
     'loss_tokens': batches.num_loss_tokens,
     'rows': rows.num_rows,
+    'row_len': row_len,
     'mesh': dict(mesh.shape),
     'remat': remat,
     'packing_efficiency': rows.efficiency,
@@ -382,20 +388,21 @@ def run(
       base_quantization=config.base_quantization,
       seed=config.seed,
     )
-  mesh = choose_mesh(
-    config.mesh, config.batch_rows, config.row_len, base.config, lora_config(config))
+  row_len = config.row_len or packing.choose_row_len(
+    [len(e.tokens) for e in examples], base.config.max_position)
+  mesh = choose_mesh(config.mesh, config.batch_rows, row_len, base.config, lora_config(config))
   if fingerprints != {base.tokenizer.fingerprint}:
     raise errors.UserError(
       f'The episodes were tokenised by {", ".join(sorted(f[:12] for f in fingerprints))}, the '
       f'tokenizer of {base.name} is {base.tokenizer.fingerprint[:12]}; train the model that played '
       'them.'
     )
-  rows = packing.pack(examples, config.row_len)
+  rows = packing.pack(examples, row_len)
   counts['too_long'] = len(rows.too_long)
   processes.say('episodes: ' + ', '.join(f'{name} {n}' for name, n in counts.items()))
   if not rows.num_loss_tokens:
     raise errors.UserError(
-      f'No example fits into row_len={config.row_len} with a token to train; the shortest has '
+      f'No example fits into row_len={row_len} with a token to train; the shortest has '
       f'{min(len(e.tokens) for e in examples)} tokens.'
     )
   model = make_model(config, base, mesh)

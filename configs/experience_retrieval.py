@@ -42,6 +42,7 @@ DEFAULTS = dict(
   tokenizer='',
   shrink=False,
   dtype='bfloat16',
+  base_quantization='none',  # kernels of the frozen base: none, int8, int4, nf4
   seed=0,
   start_adapter='',  # PEFT folder that every policy starts from; '' is none
   # Tasks: three kinds of them. Easy ones are trained on; hard ones are in the index only; the

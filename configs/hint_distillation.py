@@ -27,6 +27,7 @@ DEFAULTS = dict(
   tokenizer='',
   shrink=False,
   dtype='bfloat16',
+  base_quantization='none',  # kernels of the frozen base: none, int8, int4, nf4
   seed=0,
   # Tasks. The loop's skills are disjoint from the warm start's; the evaluation's houses from both.
   env='household',

@@ -37,7 +37,8 @@ class Stages:
     if self._base is None:
       c = self.config
       self._base = policy_lib.load_base(
-        c.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=c.dtype, seed=c.seed)
+        c.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=c.dtype,
+        base_quantization=c.base_quantization, seed=c.seed)
     return self._base
 
   def stage(self, name: str, body: Callable[[pathlib.Path], dict[str, Any] | None]) -> dict:

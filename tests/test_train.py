@@ -409,6 +409,7 @@ def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
     ({'data': ''}, 'data is empty'),
     ({'data': '/nowhere'}, 'holds no episodes'),
     ({'row_len': 8}, 'row_len=8'),
+    ({'row_len': 1}, 'row_len=1'),
     ({'batch_rows': 0}, 'positive'),
     ({'mesh': '3,1'}, 'mesh'),
     ({'mesh': '4,1,1'}, 'batch_rows=2'),
@@ -439,6 +440,12 @@ def test_episodes_of_another_tokenizer_are_refused(rooms, tmp_path):
 def test_a_too_long_episode_is_counted(rooms, tmp_path):
   record = train.run(train_config.make(values(rooms, row_len=40, epochs=0.5)), tmp_path)
   assert record['episodes']['too_long'] > 0
+
+
+def test_rows_of_a_length_that_packs_well(rooms, tmp_path):
+  record = train.run(train_config.make(values(rooms, row_len=0, epochs=0.5)), tmp_path)
+  assert record['episodes']['too_long'] == 0
+  assert record['row_len'] % 128 == 0
 
 
 @pytest.mark.parametrize(

@@ -253,23 +253,25 @@ def prepare(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   else:
     config = registry.get_config(name)
     examples = with_random_tokens(examples, config.vocab_size, values['row_len'])
-  fitting = [e for e in examples if len(e.tokens) <= values['row_len']]
+  row_len = values['row_len'] or packing.choose_row_len(
+    [len(e.tokens) for e in examples], config.max_position)
+  fitting = [e for e in examples if len(e.tokens) <= row_len]
   if not fitting:
     raise errors.UserError(
-      f'No episode fits into row_len={values["row_len"]}; raise it.')
-  rows = packing.pack(fitting, values['row_len'])
+      f'No episode fits into row_len={row_len}; raise it.')
+  rows = packing.pack(fitting, row_len)
   arrays = {f'packed.{key}': getattr(rows, key)
             for key in ('tokens', 'segment_ids', 'positions', 'loss_mask')}
   mean = np.mean([len(e.tokens) for e in fitting])
-  size = max(1, round(values['batch_rows'] * values['row_len'] * rows.efficiency / mean))
+  size = max(1, round(values['batch_rows'] * row_len * rows.efficiency / mean))
   for index, batch in enumerate(padded_batches(fitting, size)):
     arrays |= {f'padded.{index}.{key}': value for key, value in batch.items()}
   np.savez(folder / 'data.npz', **arrays)
   print(f'{len(fitting)} episodes of {mean:.0f} tokens in {rows.num_rows} rows of '
-        f'{values["row_len"]}, {rows.efficiency:.1%} full; padded: {size} a batch', flush=True)
+        f'{row_len}, {rows.efficiency:.1%} full; padded: {size} a batch', flush=True)
   return {
     'model': name, 'folder': model_folder, 'adapter': str(folder / 'adapter'),
-    'data': str(folder / 'data.npz'), 'hf_settings': hf_config.write(config),
+    'data': str(folder / 'data.npz'), 'row_len': row_len, 'hf_settings': hf_config.write(config),
     **{key: values[key] for key in (
       'device', 'rank', 'batch_rows', 'remat', 'steps')},
     'alpha': 2.0 * values['rank'], 'learning_rate': LEARNING_RATE, 'warm_steps': WARM_STEPS}
@@ -317,7 +319,7 @@ def run(values: Mapping[str, Any]) -> dict[str, Any]:
     if settings:
       own.append(ours())
   return {
-    'setting': {key: values[key] for key in values if key != 'out'},
+    'setting': {key: values[key] for key in values if key != 'out'} | {'row_len': job['row_len']},
     **summarise(own, peers, curves),
     'device_name': own[0]['device_name'],
     'versions': summary.versions(_PACKAGES),
@@ -355,7 +357,7 @@ if __name__ == '__main__':
   flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where both train.')
   flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of our products.')
   flags.DEFINE_string('remat', 'none', 'Ours: what the backward pass computes again.')
-  flags.DEFINE_integer('row_len', 1024, 'Tokens of a packed row.')
+  flags.DEFINE_integer('row_len', 0, 'Tokens of a packed row; 0: the shortest that packs well.')
   flags.DEFINE_integer('batch_rows', 2, 'Rows of a step; padded batches hold as many tokens.')
   flags.DEFINE_integer('episodes', 400, 'Expert episodes to train on.')
   flags.DEFINE_integer('rank', 16, 'Of the adapter on all seven projections; alpha is twice that.')

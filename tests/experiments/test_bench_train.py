@@ -47,6 +47,16 @@ def test_random_tokens_keep_lengths_and_masks():
   assert all(e.tokens.min() >= 0 and e.tokens.max() < 50 for e in found)
 
 
+def test_household_episodes_fill_rows_of_the_chosen_length():
+  examples = bench.household_examples('smollm2_135m', 160)
+  lengths = [len(e.tokens) for e in examples]
+  row_len = packing.choose_row_len(lengths, 8192)
+  rows = packing.pack(examples, row_len)
+  assert rows.efficiency >= 0.95 and not rows.too_long and rows.num_examples == 160
+  # Short enough that the step's memory and attention do not grow for it.
+  assert row_len <= 4 * max(lengths)
+
+
 def _record(tokens, seconds, **more):
   return {'tokens': tokens, 'seconds': seconds, 'peak_bytes': 2**30, **more}
 
