@@ -17,7 +17,7 @@ from models import platform, splash
 from models.layers import from_bits, to_bits
 
 MASKED = -1e30
-MIN_BLOCK, MAX_BLOCKS = 128, 8
+MIN_BLOCK, MAX_BLOCKS = 128, 16
 
 
 def attention(
@@ -31,16 +31,17 @@ def attention(
 ) -> jax.Array:
   """Causal attention within whole rows: splash attention on a TPU, elsewhere in blocks.
 
-  The blocks: at most MAX_BLOCKS of queries, each against the keys from its window's start to its
-  end, so that nearly half of the square, or all outside the window, is never computed. The backward
-  pass computes the scores of a block anew (as
-  FlashAttention does, arXiv 2205.14135): no layer keeps T x S numbers.
+  The blocks: a block of queries reads the keys from the block in which its first segment, or its
+  window, begins to its own end, and nothing before them; how many that are is found out as it runs.
+  The backward pass computes the scores of a block anew (as FlashAttention does, arXiv 2205.14135):
+  no layer keeps T x S numbers.
 
   Args:
     q: float32 [B, T, N, H], rotated.
     k: [B, T, K, H], rotated. Its dtype is that of all products' operands.
     v: [B, T, K, H].
-    segment_ids: int32 [B, T] of packed rows: a token sees only its own segment.
+    segment_ids: int32 [B, T] of packed rows: a token sees only its own segment, whose tokens are
+      neighbours.
     window: a token sees so many of the newest tokens, itself included; 0 is all of them.
     is_local: bool [], whether the window holds; None is True. Only one of the two is computed.
 
@@ -48,22 +49,30 @@ def attention(
     float32 [B, T, N, H].
   """
   batch, width, heads, head_dim = q.shape
-  kv_heads = k.shape[2]
   q = (q * head_dim**-0.5).astype(k.dtype)
   if window >= width:
     window = 0
+  if segment_ids is None:
+    segment_ids = jnp.zeros((batch, width), jnp.int32)
   if platform.name() == 'tpu':
-    if segment_ids is None:
-      segment_ids = jnp.zeros((batch, width), jnp.int32)
 
     def run(window):
       return splash.splash_attention(q, k, v, segment_ids, window=window).astype(jnp.float32)
 
     return _choose(run, window, is_local)
-  q = q.reshape(batch, width, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  kv_heads = k.shape[2]
+  size, count = _blocks(width)
+  # Rows by themselves read only what each needs; on a mesh they lie on different devices.
+  groups = batch if jax.sharding.get_abstract_mesh().size <= 1 else 1
+  pad = ((0, 0), (0, count * size - width))
+  q, k, v = (jnp.pad(x, (*pad, (0, 0), (0, 0))) for x in (q, k, v))
+  segment_ids = jnp.pad(segment_ids, pad, constant_values=-1).reshape(groups, -1, count * size)
+  q = q.reshape(groups, -1, count, size, kv_heads, heads // kv_heads, head_dim)
+  q = q.transpose(0, 2, 1, 4, 5, 3, 6)
+  k, v = (x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1, 3, 2, 4) for x in (k, v))
   out = _choose(functools.partial(_blocked, q, k, v, segment_ids), window, is_local)
-  return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
+  out = out.transpose(0, 2, 1, 5, 3, 4, 6).reshape(batch, count * size, heads, head_dim)
+  return out[:, :width]
 
 
 def _choose(run, window: int, is_local: jax.Array | None) -> jax.Array:
@@ -194,73 +203,161 @@ def _product(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
 def _gradient_product(a: jax.Array, b: jax.Array) -> jax.Array:
   """a [B, K, G, C, x], b [B, K, G, C, y], summed over queries: float32 [B, K, x, y].
 
-  The narrow one comes first: 1.1 ms on one core for x = 64, y = 512, but 2.6 ms for the converse.
+  The narrower one comes first: on CPU it is transposed, see `layers.sum_over_rows`.
   """
   a, b = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (a, b))
-  dims = (((2,), (2,)), ((0, 1), (0, 1)))
-  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+  if platform.name() == 'cpu':
+    a, contract = jax.lax.optimization_barrier(a.swapaxes(2, 3)), ((3,), (2,))
+  else:
+    contract = ((2,), (2,))
+  return jax.lax.dot_general(
+    a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def _blocks(width: int, window: int) -> list[tuple[int, int, int]]:
-  """(start, end) of the blocks of queries, and the first key that any of them sees."""
-  size = -(-width // (MIN_BLOCK * MAX_BLOCKS)) * MIN_BLOCK
-  return [
-    (start, min(start + size, width), max(start - window + 1, 0) if window else 0)
-    for start in range(0, width, size)]
+def _blocks(width: int) -> tuple[int, int]:
+  """Queries of a block, and how many blocks there are."""
+  size = min(width, -(-width // (MIN_BLOCK * MAX_BLOCKS)) * MIN_BLOCK)
+  return size, -(-width // size)
 
 
-def _block_scores(q, k, segment_ids, window, start, end, first) -> jax.Array:
-  """Masked scores of queries start .. end with keys first .. end: float32 [B, K, G, C, S]."""
-  scores = _product(q[:, :, :, start:end], k[:, :, first:end], 3)
-  places = jnp.arange(first, end), jnp.arange(start, end)[:, None]
-  mask = (places[0] <= places[1])[None]
+def _widths(count: int) -> list[int]:
+  """How many blocks of keys a block of queries may read: each is a branch of the program."""
+  return [w for w in (1, 2, 3, 4, 6, 8, 12) if w < count] + [count]
+
+
+def _visits(segment_ids, size: int, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """For every block of every group of rows: the group, the block, and which of `_widths` it reads.
+
+  segment_ids [g, R, T] -> int32 [g * n], three times.
+  """
+  groups, _, width = segment_ids.shape
+  starts = jnp.arange(0, width, size)
+  same = segment_ids[..., ::size, None] == segment_ids[..., None, :]
+  first = jnp.argmax(same, axis=-1).min(axis=1)
   if window:
-    mask &= places[0] > places[1] - window
-  if segment_ids is not None:
-    mask &= segment_ids[:, start:end, None] == segment_ids[:, None, first:end]
-  return jnp.where(mask[:, None, None], scores, MASKED)
+    first = jnp.maximum(first, starts - window + 1)
+  needed = starts // size + 1 - first // size
+  choice = jnp.sum(needed[..., None] > jnp.array(_widths(len(starts))), axis=-1)
+  group, block = jnp.indices((groups, len(starts)))
+  return group.reshape(-1), block.reshape(-1), choice.reshape(-1)
+
+
+def _block_scores(q, k, segment_ids, window, start, first) -> jax.Array:
+  """Masked scores of queries from `start` with keys from `first` on: float32 [R, K, G, C, S].
+
+  Args:
+    q: [R, K, G, C, H].
+    k: [R, K, S, H].
+    segment_ids: int32 [R, T].
+    window: static.
+    start: int32.
+    first: int32.
+  """
+  queries, keys = start + jnp.arange(q.shape[3])[:, None], first + jnp.arange(k.shape[2])
+  mask = (keys <= queries)[None]
+  if window:
+    mask &= keys > queries - window
+  cut = functools.partial(jax.lax.dynamic_slice_in_dim, segment_ids, axis=1)
+  mask &= cut(start, q.shape[3])[:, :, None] == cut(first, k.shape[2])[:, None]
+  return jnp.where(mask[:, None, None], _product(q, k, 3), MASKED)
+
+
+def _group(x: jax.Array, group: jax.Array) -> jax.Array:
+  """Rows of one group: x [g, ...] -> [...]."""
+  return jax.lax.dynamic_index_in_dim(x, group, 0, keepdims=False)
+
+
+def _keys(x: jax.Array, group: jax.Array, first: jax.Array, count: int) -> jax.Array:
+  """Some keys or values of a group, not as bits: x [g, R, K, T, H] -> [R, K, count, H]."""
+  shape = (1, *x.shape[1:3], count, x.shape[4])
+  return from_bits(jax.lax.dynamic_slice(x, (group, 0, 0, first, 0), shape)[0])
+
+
+def _per_block(x: jax.Array) -> jax.Array:
+  """[g, n, ...] -> [g * n, ...], as bits: what is scanned over."""
+  return to_bits(x.reshape(-1, *x.shape[2:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blocked(q, k, v, segment_ids, window: int) -> jax.Array:
-  """q [B, K, G, T, H], scaled, k and v [B, K, T, H] -> float32 [B, K, G, T, H]."""
+  """Attention of groups of rows, one block of queries after the other.
+
+  Axes: g groups, R rows of a group, n blocks.
+
+  Args:
+    q: [g, n, R, K, G, C, H], scaled.
+    k: [g, R, K, T, H].
+    v: [g, R, K, T, H].
+    segment_ids: int32 [g, R, T].
+    window: static; 0 is none.
+
+  Returns:
+    float32 [g, n, R, K, G, C, H].
+  """
   return _blocked_fwd(q, k, v, segment_ids, window)[0]
 
 
 def _blocked_fwd(q, k, v, segment_ids, window):
-  outs, norms = [], []
-  for start, end, first in _blocks(q.shape[3], window):
-    scores = _block_scores(q, k, segment_ids, window, start, end, first)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    outs.append(_product(weights.astype(v.dtype), v[:, :, first:end], 2) / total)
-    norms.append(top + jnp.log(total))
-  out, norm = jnp.concatenate(outs, axis=3), jnp.concatenate(norms, axis=3)
-  return out, (*map(to_bits, (q, k, v)), segment_ids, out, norm)
+  size, widths, dtype = q.shape[5], _widths(q.shape[1]), q.dtype
+  blocks, k, v = _per_block(q), to_bits(k), to_bits(v)
+
+  def visit(_, inputs):
+    q, (group, block, choice) = inputs
+    q, segments = from_bits(q), _group(segment_ids, group)
+
+    def read(width):
+      first = jnp.maximum(block + 1 - width, 0) * size
+      own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
+      scores = _block_scores(q, own_k, segments, window, block * size, first)
+      top = scores.max(axis=-1, keepdims=True)
+      weights = jnp.exp(scores - top)
+      total = weights.sum(axis=-1, keepdims=True)
+      return _product(weights.astype(dtype), own_v, 2) / total, top + jnp.log(total)
+
+    return None, jax.lax.switch(choice, [functools.partial(read, width) for width in widths])
+
+  _, (out, norm) = jax.lax.scan(visit, None, (blocks, _visits(segment_ids, size, window)))
+  kept = to_bits(out.astype(dtype))
+  return out.reshape(*q.shape), (blocks, k, v, segment_ids, kept, norm)
 
 
 def _blocked_bwd(window, residuals, grad):
-  *qkv, segment_ids, out, norm = residuals
-  q, k, v = map(from_bits, qkv)
-  dtype = q.dtype
+  blocks, k, v, segment_ids, out, norm = residuals
+  size, widths = grad.shape[5], _widths(grad.shape[1])
+  shape, dtype = grad.shape, from_bits(k).dtype
+  grad = grad.reshape(blocks.shape)
   # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
-  inner = jnp.sum(grad * out, axis=-1, keepdims=True)
-  grad = grad.astype(dtype)
-  dq = []
-  dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]))  # Transposed: [B, K, H, T].
-  for start, end, first in _blocks(q.shape[3], window):
-    rows = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=end, axis=3)
-    scores = _block_scores(q, k, segment_ids, window, start, end, first)
-    weights = jnp.exp(scores - rows(norm))
-    dscores = weights * (_product(rows(grad), v[:, :, first:end], 3) - rows(inner))
-    weights, dscores = weights.astype(dtype), dscores.astype(dtype)
-    dq.append(_product(dscores, k[:, :, first:end], 2))
-    dk = dk.at[..., first:end].add(_gradient_product(rows(q), dscores))
-    dv = dv.at[..., first:end].add(_gradient_product(rows(grad), weights))
-  dq = jnp.concatenate(dq, axis=3)
-  dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+  inner = jnp.sum(grad * from_bits(out), axis=-1, keepdims=True)
+  sums = jnp.zeros((*k.shape[:3], k.shape[4], k.shape[3]))  # Transposed: [g, R, K, H, T].
+
+  def visit(sums, inputs):
+    q, grad, inner, norm, (group, block, choice) = inputs
+    q, grad, segments = from_bits(q), from_bits(grad), _group(segment_ids, group)
+
+    def read(width, sums):
+      first = jnp.maximum(block + 1 - width, 0) * size
+      own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
+      scores = _block_scores(q, own_k, segments, window, block * size, first)
+      weights = jnp.exp(scores - norm)
+      dscores = weights * (_product(grad, own_v, 3) - inner)
+      weights, dscores = weights.astype(dtype), dscores.astype(dtype)
+
+      def add(total, part):
+        place = (group, 0, 0, 0, first)
+        old = jax.lax.dynamic_slice(total, place, (1, *part.shape))
+        return jax.lax.dynamic_update_slice(total, old + part, place)
+
+      parts = _gradient_product(q, dscores), _gradient_product(grad, weights)
+      return tuple(map(add, sums, parts)), _product(dscores, own_k, 2)
+
+    return jax.lax.switch(
+      choice, [functools.partial(read, width) for width in widths], sums)
+
+  inputs = (blocks, to_bits(grad.astype(dtype)), inner, norm,
+            _visits(segment_ids, size, window))
+  (dk, dv), dq = jax.lax.scan(visit, (sums, sums), inputs)
+  dk, dv = dk.swapaxes(3, 4), dv.swapaxes(3, 4)
+  return dq.reshape(shape).astype(dtype), dk.astype(dtype), dv.astype(dtype), None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)

@@ -31,6 +31,7 @@ from models.layers import (
   gated,
   matmul,
   matmul_transposed,
+  project,
   to_bits,
 )
 from models.lora import LoraConfig, dropout
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
     """
     config = self.config
     split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
-    q, k = split(self.q(x, adapter_x)), split(self.k(x, adapter_x))
+    q, k, v = map(split, project((self.q, self.k, self.v), x, adapter_x))
     if config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotary.rotate(q), rotary.rotate(k)
@@ -76,7 +77,7 @@ class Attention(nnx.Module):
       q *= rotary.query_scale
     if config.query_pre_attn_scalar not in (0, config.head_dim):
       q *= (config.head_dim / config.query_pre_attn_scalar) ** 0.5
-    return q, k, split(self.v(x, adapter_x))
+    return q, k, v
 
 
 class Mlp(nnx.Module):
@@ -127,7 +128,7 @@ class Block(nnx.Module):
     def feed_forward(x):
       y = self.mlp_norm(x)
       adapter_y = drop(y, 2)
-      y = gated(self.mlp.gate(y, adapter_y), self.mlp.up(y, adapter_y), self.activation)
+      y = gated(*project((self.mlp.gate, self.mlp.up), y, adapter_y), self.activation)
       y = self.mlp.down(y, drop(y, 3))
       return self.mlp_post_norm(y) if self.post_norms else y
 
@@ -369,6 +370,8 @@ def forward(
   Returns:
     float32 [B, T, D], after the final norm.
   """
+  if config_of(graphdef).frozen:
+    lora = sharding.gather(lora, 'embed')
   model = nnx.merge(graphdef, lora, frozen)
   config, (block_def, blocks) = model.config, nnx.split(model.blocks)
   rotary, windows = _rotary(config, positions), config.windows

@@ -6,6 +6,7 @@ F feed-forward width, V vocabulary, R adapter rank, L layers.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,9 @@ def _fast_product(x: jax.Array, kernel: jax.Array, frozen: bool) -> jax.Array:
 
 
 def _fast_product_fwd(x, kernel, frozen):
-  # Kept as they came: one x serves all products that read it, and a scan does not copy a kernel.
-  return _fast_product(x, kernel, frozen), (None if frozen else x, kernel)
+  # A kernel stays as it came, so that a scan does not copy it; of x, what the gradient multiplies.
+  kept = None if frozen else to_bits(x.astype(jnp.bfloat16))
+  return _fast_product(x, kernel, frozen), (kept, kernel)
 
 
 def _fast_product_bwd(frozen, residuals, grad):
@@ -56,13 +58,23 @@ def _fast_product_bwd(frozen, residuals, grad):
   dx = jax.lax.dot_general(grad, kernel, contract_out, preferred_element_type=jnp.float32)
   if frozen:
     return dx, None
-  x = x.astype(jnp.bfloat16).reshape(-1, x.shape[-1])
-  grad = grad.reshape(-1, grad.shape[-1])
-  # The narrower factor first, as XLA's CPU backend transposes the first: an adapter's is 16 wide.
-  narrow, wide = (x, grad) if x.shape[1] <= grad.shape[1] else (grad, x)
-  contract_rows = (((0,), (0,)), ((), ()))
-  dk = jax.lax.dot_general(narrow, wide, contract_rows, preferred_element_type=jnp.float32)
-  return dx, dk if narrow is x else dk.T
+  x = from_bits(x)
+  return dx, sum_over_rows(x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]))
+
+
+def sum_over_rows(x: jax.Array, grad: jax.Array) -> jax.Array:
+  """The transpose of x [rows, in] times grad [rows, out] -> float32 [in, out].
+
+  XLA's CPU backend has a fast product of bfloat16 for plain rows times columns only, and undoes a
+  transposition that it sees; a barrier keeps that of the narrower factor, which an adapter's makes
+  cheap. 2048 rows, 1536 x 16: 0.9 instead of 5.4 ms on one core.
+  """
+  if platform.name() != 'cpu':
+    contract_rows = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, grad, contract_rows, preferred_element_type=jnp.float32)
+  if x.shape[1] <= grad.shape[1]:
+    return _dot(jax.lax.optimization_barrier(x.T), grad)
+  return jax.lax.optimization_barrier(_dot(jax.lax.optimization_barrier(grad.T), x)).T
 
 
 _fast_product.defvjp(_fast_product_fwd, _fast_product_bwd)
@@ -189,19 +201,50 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array, adapter_x: jax.Array | None = None) -> jax.Array:
     """float32 [..., in] -> float32 [..., out]; `adapter_x` is x after the adapter's dropout."""
+    return project((self,), x, adapter_x)[0]
+
+  def base(self, x: jax.Array) -> jax.Array:
+    """What comes out without the adapter."""
     kernel = self.kernel.get_value()
     if self.quantization == 'none':
       y = matmul(x, kernel, self.dtype, frozen=self.frozen)
     else:
       scale = self.kernel_scale.get_value()
       y = quantised_matmul(x, kernel, scale, self.quantization, self.dtype)
-    if self.bias is not None:
-      y += self.bias.get_value()
-    if self.lora is not None:
-      inner = x if adapter_x is None else adapter_x
-      inner = matmul(inner, self.lora_a.get_value(), self.dtype, frozen=False)
-      y += matmul(inner * self.lora.scale, self.lora_b.get_value(), self.dtype, frozen=False)
-    return y
+    return y if self.bias is None else y + self.bias.get_value()
+
+
+def project(
+  linears: Sequence[Linear], x: jax.Array, adapter_x: jax.Array | None = None
+) -> list[jax.Array]:
+  """The results of projections that read the same input: q, k and v, or gate and up.
+
+  Their adapters' first factors, side by side, are one product, forward and backward; each keeps its
+  own, as PEFT has it. The kernels stay apart: one of both would save nothing (2048 rows, gate and
+  up of SmolLM2, bfloat16, one CPU core: 20.5 against 19.4 ms forward, 52 against 22 ms backward,
+  where the two gradients are first to be laid side by side), and queries, keys and values side by
+  side would have to be interleaved for `tensor` to split each by its heads.
+
+  Args:
+    linears: with the same config; those with adapters have them of the same shape.
+    x: float32 [..., in].
+    adapter_x: x after the adapters' dropout; None is x.
+
+  Returns:
+    float32 [..., out] of each.
+  """
+  results = [linear.base(x) for linear in linears]
+  adapted = [i for i, linear in enumerate(linears) if linear.lora is not None]
+  if not adapted:
+    return results
+  first = linears[adapted[0]]
+  kernels = [linears[i].lora_a.get_value() for i in adapted]
+  kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
+  inner = matmul(x if adapter_x is None else adapter_x, kernel, first.dtype, frozen=False)
+  parts = jnp.split(inner * first.lora.scale, len(adapted), axis=-1)
+  for i, part in zip(adapted, parts, strict=True):
+    results[i] += matmul(part, linears[i].lora_b.get_value(), first.dtype, frozen=False)
+  return results
 
 
 # Elementwise work is cheaper done again in the backward pass than kept: a norm keeps its input, the

@@ -153,6 +153,26 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def gather(state: nnx.State, axis: str) -> nnx.State:
+  """Variables with one logical axis whole on every device, under `jax.set_mesh`; else a no-op.
+
+  Small kernels that every layer of a loop needs are gathered once before it. XLA would send each
+  part round a ring while it multiplies, in every layer and direction: for a 7B model on 16 devices
+  15,000 messages a step, most of 28 kB.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return state
+  rules = RULES | {axis: None}
+
+  def one(variable: nnx.Variable) -> nnx.Variable:
+    value = variable.get_value()
+    place = spec(variable.get_metadata()['out_sharding'], value.shape, mesh, rules)
+    return variable.replace(jax.lax.with_sharding_constraint(value, place))
+
+  return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def batch_sharding(mesh) -> NamedSharding:
   """Rows of a batch over data and fsdp, the other dimensions replicated."""
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))

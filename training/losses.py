@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from models import platform
-from models.layers import matmul
+from models.layers import from_bits, matmul, to_bits
 
 # On 2 cores, V = 49152, D = 576, products with the whole vocabulary reached 200 to 490 GFLOP/s; a
 # tile that stays in the cache reached 280 a core.
@@ -104,6 +104,7 @@ def _cross_entropy_fwd(static, hidden, kernel, targets, weights):
   dtype, smoothing, chunk, _ = static
   # The smoothing's part of the loss is linear in the mean logit, which needs no logits.
   mean_row = kernel.astype(jnp.float32).mean(axis=0) if smoothing else None
+  kernel = to_bits(kernel)  # Of which tiles and single rows are cut.
 
   def one(sums, inputs):
     loss, correct, grad = _chunk(static, inputs[0], kernel, mean_row, inputs[1], inputs[2])
@@ -136,7 +137,7 @@ def _chunk(static, hidden, kernel, mean_row, targets, weights):
 
   def visit(carry, start, size):
     peak, total, expected, target_logit = carry
-    rows = jax.lax.dynamic_slice_in_dim(kernel, start, size).astype(dtype)
+    rows = from_bits(jax.lax.dynamic_slice_in_dim(kernel, start, size)).astype(dtype)
     logits = jax.lax.dot_general(operand, rows, contract(1), preferred_element_type=jnp.float32)
     new_peak = jnp.maximum(peak, logits.max(axis=-1))
     rescale = jnp.exp(peak - new_peak)
@@ -163,7 +164,7 @@ def _chunk(static, hidden, kernel, mean_row, targets, weights):
 
   loss = peak + jnp.log(total) - (1 - smoothing) * target_logit
   grad = expected / total[..., None]
-  grad -= (1 - smoothing) * kernel[targets].astype(dtype).astype(jnp.float32)
+  grad -= (1 - smoothing) * from_bits(kernel[targets]).astype(dtype).astype(jnp.float32)
   if smoothing:
     loss -= smoothing * (operand.astype(jnp.float32) @ mean_row)
     grad -= smoothing * mean_row

@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import sharding
 from models.attention import attention, cached_attention, decode_attention
 from models.kv_cache import OUTSIDE
 
@@ -57,6 +60,33 @@ def test_nothing_leaks_between_segments():
   after = attention(q, k, v, segment_ids=segment_ids)
   np.testing.assert_array_equal(before[:, 70:170], after[:, 70:170])
   assert np.isfinite(after).all()
+
+
+def test_blocks_before_a_segment_are_not_read():
+  q, k, v = draw(2, 512)
+  # The second row's segments begin one block later: each row goes by its own.
+  segment_ids = jnp.asarray(
+    np.stack([np.repeat([1, 2], [first, 512 - first]) for first in (256, 384)]))
+  weight = jax.random.normal(jax.random.key(9), q.shape)
+  attend = functools.partial(attention, segment_ids=segment_ids)
+  loss = lambda *qkv: jnp.sum((weight * attend(*qkv))[0, 256:])
+  want = jax.grad(loss, (0, 1, 2))(q, k, v)
+  got = jax.grad(loss, (0, 1, 2))(q, k, v.at[0, :256].set(jnp.nan))
+  for ours, theirs in zip(got, want, strict=True):
+    np.testing.assert_array_equal(ours[0, 256:], theirs[0, 256:])
+
+
+def test_rows_on_a_mesh_equal_plain():
+  q, k, v = draw(4, 300)
+  segment_ids = jnp.asarray(np.arange(300) // np.array([[40], [130], [170], [300]]))
+  mesh = sharding.make_mesh(2, 2, 1)
+  loss = lambda function: lambda *qkv: jnp.sum(jnp.sin(function(*qkv, segment_ids=segment_ids)))
+  want = jax.value_and_grad(loss(plain), (0, 1, 2))(q, k, v)
+  with jax.set_mesh(mesh):
+    place = sharding.batch_sharding(mesh)
+    got = jax.jit(jax.value_and_grad(loss(attention), (0, 1, 2)))(*jax.device_put((q, k, v), place))
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_bfloat16_operands_float32_result():

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from data.errors import UserError
-from models import decoder, lora, registry
+from models import decoder, layers, lora, registry, sharding
 from models.lora import LoraConfig
 from tests.models.test_decoder import adapted_model, forward, positions, run, tiny, with_random_b
 
@@ -102,6 +103,55 @@ def test_dropout_acts_on_the_adapters_input_only():
   np.testing.assert_array_equal(call(model, dropout_rng=key), call(model, dropout_rng=key))
   other = call(model, dropout_rng=jax.random.key(1))
   assert not np.allclose(other, call(model, dropout_rng=key), atol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_projections_of_one_input_equal_each_alone(dtype):
+  config, shape = tiny(dtype=dtype), LoraConfig(rank=3, alpha=6)
+  with nnx.use_eager_sharding(False):
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    linears = nnx.List([
+      layers.Linear(24, width, ('embed', 'mlp'), config=config, rngs=rngs,
+                    lora=shape if adapted else None)
+      for width, adapted in ((32, True), (8, False), (2, True))])
+    graphdef, trained, frozen = nnx.split(linears, nnx.LoRAParam, ...)
+  trained = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), trained)
+  x = jax.random.normal(jax.random.key(1), (5, 24))
+  targets = [jax.random.normal(jax.random.key(n), (5, n)) for n in (32, 8, 2)]
+
+  def ours(trained, x):
+    found = layers.project(nnx.merge(graphdef, trained, frozen), x)
+    return sum(jnp.sum(y * t) for y, t in zip(found, targets, strict=True))
+
+  def alone(trained, x):
+    total = 0.0
+    for linear, target in zip(nnx.merge(graphdef, trained, frozen), targets, strict=True):
+      kernel = linear.kernel.get_value().astype(jnp.float32)
+      if linear.lora is not None:
+        kernel += 2 * linear.lora_a.get_value() @ linear.lora_b.get_value()
+      total += jnp.sum(x @ kernel * target)
+    return total
+
+  grads = jax.grad(ours, (0, 1))(trained, x), jax.grad(alone, (0, 1))(trained, x)
+  for got, want in zip(*map(jax.tree.leaves, grads), strict=True):
+    np.testing.assert_allclose(
+      got, want, rtol=0, atol=(1e-5 if dtype == 'float32' else 0.02) * float(jnp.abs(want).max()))
+  # Two of three have an adapter: three kernels, one first factor, two second ones.
+  assert str(jax.make_jaxpr(ours)(trained, x)).count('dot_general') == 6
+
+
+def test_an_adapter_is_gathered_before_the_layers():
+  model = decoder.create(tiny(), LoraConfig(rank=4, alpha=8))
+  mesh = sharding.make_mesh(1, 4, 2)
+  placed = jax.device_put(model.lora, sharding.state_shardings(model.lora, mesh))
+  with jax.set_mesh(mesh):
+    gathered = jax.jit(lambda state: sharding.gather(state, 'embed'))(placed)
+  for name, value in decoder.to_params(gathered).items():
+    np.testing.assert_array_equal(value, decoder.to_params(model.lora)[name])
+  axes = {axis for value in jax.tree.leaves(placed) for axis in value.sharding.spec if axis}
+  assert axes == {'fsdp', 'tensor'}
+  axes = {axis for value in jax.tree.leaves(gathered) for axis in value.sharding.spec if axis}
+  assert axes == {'tensor'}
 
 
 def test_dropout_keeps_the_mean():
