@@ -48,7 +48,8 @@ def test_an_own_suite_gets_the_options_that_it_takes(module):
 
 
 @pytest.mark.parametrize('values, words', [
-  ({'env': 'doors'}, "Unknown environment 'doors'; there is household, webshop, or your own as"),
+  ({'env': 'doors'},
+   "Unknown environment 'doors'; there is household, webshop, scienceworld, or your own as"),
   ({'env': 'my_doors:'}, 'MODULE:NAME'),
   ({'env': 'no_doors:Suite'}, 'there is no module no_doors'),
   ({'env': 'my_doors.inner:Suite'}, r'no module my_doors\.inner'),
