@@ -3,11 +3,13 @@
   python rollout.py --config=configs/rollout.py:model=smollm2_135m,env=household,agent=react \
     --workdir=runs/base --config.data=generated --config.split=valid_seen --config.episodes=50
 
-See configs/rollout.py for every key. What is slow is imported where it is needed, so that a mistake
-in the command is told at once.
+Several processes play one run, each with its own devices, by the same command with
+--num_processes=N --process_id=I. See configs/rollout.py for every key. What is slow is imported
+where it is needed, so that a mistake in the command is told at once.
 """
 
 import ast
+import contextlib
 import functools
 import json
 import pathlib
@@ -21,7 +23,7 @@ from absl import flags
 
 import envs
 from agents import episode as episode_lib
-from agents import experience_memory, expert_episodes, formats, runner
+from agents import experience_memory, expert_episodes, formats, runner, shares
 from agents import memory as memory_lib
 from configs import cli
 from configs import rollout as config_lib
@@ -152,13 +154,17 @@ def make_spec(config: ml_collections.ConfigDict) -> episode_lib.AgentSpec:
     max_new_tokens=config.max_new_tokens, constrained=config.constrained)
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> None:
+def run(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None,
+  share: shares.Share = shares.Share(),  # noqa: B008
+) -> None:
   """Plays what `config` says, or what is left of it.
 
   Args:
     config: as configs/rollout.py makes it.
     workdir: the run's folder.
     base: an `agents.policy.Base` that is loaded already; None loads what the config names.
+    share: which of several processes this is; the last one to be ready writes the summary.
   """
   started = time.perf_counter()
 
@@ -172,6 +178,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
   if 'hints' in kinds and not config.bank:
     raise errors.UserError('memory=hints needs bank=FILE, the bank of python -m retrieval.hints.')
   check_experiences(config)
+  if config.grow and share.count > 1:
+    raise errors.UserError(
+      'With grow the order of the episodes counts; play them in one process (num_processes=1).')
   if min(config.slots, config.slot_groups, config.decode_steps) < 1:
     raise errors.UserError('slots, slot_groups and decode_steps must be at least 1.')
   if config.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
@@ -244,7 +253,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
     from inference import Engine, LookupConfig, SamplingConfig
     mesh, slots = choose_mesh(config.mesh, base.config, config.slots), config.slots
     if mesh is None:
-      slots = min(slots, len(tasks))
+      slots = min(slots, -(-len(tasks) // share.count))
     engine = Engine(
       base.model(config.adapter, mesh=mesh), num_slots=slots + -slots % config.slot_groups,
       max_len=config.max_context, stop_ids=tokenizer.stop_ids,
@@ -253,14 +262,23 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
       share_prefixes=config.share_prefixes, groups=config.slot_groups,
       lookup=LookupConfig(draft_len=config.lookup) if config.lookup else None)
   # Last of all that bad input can stop: from here on the folder refuses every other config.
-  workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
-  clock = workdir_lib.WallClock(workdir, started=started)
+  with shares.locked(workdir) if share.count > 1 else contextlib.nullcontext():
+    workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
+  folder = share.folder(workdir)
+  if share.count == 1:
+    shares.take_over(workdir)
+  else:
+    playing = shares.Playing(folder)
+  own = share.tasks(workdir, tasks, labels)
+  clock = workdir_lib.WallClock(folder, started=started)
   erring = {'error_rate': config.expert_error_rate} if config.expert_error_rate else {}
   played = {
     'recall': memory.recall if config.query == 'dynamic' and memory is not None else None,
     'after_episode': clock.save}
   try:
-    if expert:
+    if not own:
+      episodes = []
+    elif expert:
       episodes = runner.play_each(
         lambda task: expert_episodes.expert_episode(
           suite, task, tokenizer, spec, labels, thoughts=config.expert_thoughts,
@@ -268,30 +286,50 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, base=None) -> 
           examples=examples.get(task.task_type, ()),
           known_rules=envs_base.rules_of(suite, task) if config.expert_knows_rules else (),
           **erring),
-        tasks, labels, workdir, after_episode=clock.save)
+        own, labels, folder, after_episode=clock.save)
     else:
       play = functools.partial(
-        runner.play, engine, tokenizer, suite, spec=spec, labels=labels, workdir=workdir,
+        runner.play, engine, tokenizer, suite, spec=spec, labels=labels, workdir=folder,
         examples=examples, **played)
       if config.grow:
         episodes = play_and_remember(play, tasks, memory, config.grow, workdir)
       else:
-        episodes = play(tasks, memories=memories)
+        episodes = play(own, memories=memories)
   finally:
     clock.save()
     if close := getattr(suite, 'close', None):
       close()
 
   # 5. The row.
-  row = summary.row(
-    episodes, id=policy if config.memory == 'none' else f'{policy}+{config.memory}',
-    policy=policy, memory=config.memory, split=config.split, seed=config.seed)
-  written = {
-    'rows': [row], 'paired': [], 'wall_s': {'rollout': clock.seconds()},
-    'engine': {} if expert else engine.stats.as_dict(), 'versions': summary.versions(),
+  counted = {
+    'wall_s': clock.seconds(), 'engine': {} if expert else engine.stats.as_dict(),
     'env_workers': suite.summary() if isinstance(suite, workers.WorkerSuite) else {}}
-  workdir_lib.write_json(workdir / 'summary.json', written)
-  show(workdir, written)
+
+  def write(episodes: Sequence[trajectory.Episode], **more: Any) -> None:
+    row = summary.row(
+      episodes, id=policy if config.memory == 'none' else f'{policy}+{config.memory}',
+      policy=policy, memory=config.memory, split=config.split, seed=config.seed)
+    written = {'rows': [row], 'paired': [], 'versions': summary.versions(), **more}
+    workdir_lib.write_json(workdir / 'summary.json', written)
+    show(workdir, written)
+
+  if share.count == 1:
+    write(episodes, **{**counted, 'wall_s': {'rollout': counted['wall_s']}})
+    return
+  shares.record(folder, counted)
+  with shares.locked(workdir):
+    playing.end()
+    if before := _finished_summary(workdir, tasks):
+      show(workdir, before)
+      shares.clean(workdir)
+    elif found := shares.gather(workdir, [labels.episode_id(task.id) for task in tasks]):
+      episodes, records = found
+      write(
+        episodes, wall_s={'rollout': max(r['wall_s'] for r in records)}, processes=records)
+      shares.clean(workdir)
+    else:
+      print(f'process {share.index} of {share.count} has played its {len(own)} episodes; others '
+            'are left', file=sys.stderr)
 
 
 def check_experiences(config: ml_collections.ConfigDict) -> None:
@@ -398,15 +436,20 @@ def show(workdir: pathlib.Path, written: dict[str, Any]) -> None:
   if restarts := row.get('env_restarts'):
     print(f'{restarts} time(s) an episode was played again: the process of its environment died')
   print('ended by: ' + ', '.join(f'{name} {n}' for name, n in row['terminations'].items()))
-  if line := summary.engine_line(written.get('engine', {})):
-    print(line)
+  for record in (written, *written.get('processes', ())):
+    if line := summary.engine_line(record.get('engine', {})):
+      print(line)
   print(f'episodes in {workdir / trajectory.JOURNAL_NAME}', file=sys.stderr)
 
 
 def main(_):
-  run(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir))
+  run(
+    flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir),
+    share=shares.Share(flags.FLAGS.process_id, flags.FLAGS.num_processes))
 
 
 if __name__ == '__main__':
   cli.define_config_flags()
+  flags.DEFINE_integer('num_processes', 1, 'That play this run together.')
+  flags.DEFINE_integer('process_id', 0, 'Which one this is, from 0.')
   cli.run(main)

@@ -39,6 +39,7 @@ DEFAULTS = dict(
   decode_contexts='512',  # tokens in each slot
   decode_tokens=64,  # sampled in each slot
   # How episodes/hour grow.
+  scaling_turns=8,  # the first ones of each episode, so that 256 slots fit into the memory
   scaling_slots='1,4,16,64,128,256',
   scaling_contexts='512,1024,2048,4096',  # random tokens before each prompt
   context_slots=32,  # slots of these

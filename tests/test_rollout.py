@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import rollout as rollout_lib
+from agents import shares
 from configs import rollout as config_lib
 from data import errors, trajectory
 from envs import household_files, household_official
@@ -301,3 +302,83 @@ def test_a_mesh_that_does_not_divide_is_one_sentence(tmp_path, tokenizer, values
   with pytest.raises(errors.UserError, match=re.escape(says)):
     rollout_lib.run(mesh_config(tokenizer, **values), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def check_joined(folder, whole):
+  """One journal with every episode once, one store, one row, and no parts."""
+  episodes = trajectory.Journal(folder / trajectory.JOURNAL_NAME).read()
+  assert len(episodes) == len({e.id for e in episodes})
+  check_same(episodes, trajectory.load_episodes(whole))
+  stored = trajectory.read_tfds(folder / trajectory.TFDS_NAME)
+  assert [e.id for e in stored] == [
+    e.id for e in trajectory.read_tfds(whole / trajectory.TFDS_NAME)]
+  rows = [json.loads((f / 'summary.json').read_text())['rows'] for f in (folder, whole)]
+  assert rows[0] == rows[1]
+  assert not (folder / 'parts').exists()
+
+
+def test_several_processes_play_one_run(tmp_path, tokenizer, capsys):
+  config = expert_config(tokenizer)
+  rollout_lib.run(config, tmp_path / 'whole')
+  play = lambda name, *share: rollout_lib.run(
+    config, tmp_path / name, share=shares.Share(*share))
+  play('two', 1, 2)
+  assert not (tmp_path / 'two' / 'summary.json').exists()
+  assert 'process 1 of 2 has played its 2 episodes; others are left' in capsys.readouterr().err
+  play('two', 0, 2)
+  check_joined(tmp_path / 'two', tmp_path / 'whole')
+  summary = json.loads((tmp_path / 'two' / 'summary.json').read_text())
+  assert len(summary['processes']) == 2
+  # Another number of processes goes on, and so does a single one.
+  play('three', 0, 2)
+  for index in range(3):
+    play('three', index, 3)
+  check_joined(tmp_path / 'three', tmp_path / 'whole')
+  play('one', 0, 4)
+  rollout_lib.run(config, tmp_path / 'one')
+  check_joined(tmp_path / 'one', tmp_path / 'whole')
+
+
+def test_a_process_that_is_still_at_work_is_waited_for(tmp_path, tokenizer):
+  config = expert_config(tokenizer)
+  playing = shares.Playing(tmp_path / 'parts' / '1')
+  with pytest.raises(errors.UserError, match='parts/1 is being played by another process'):
+    rollout_lib.run(config, tmp_path, share=shares.Share(1, 2))
+  with pytest.raises(errors.UserError, match='parts/1 is being played by another process'):
+    rollout_lib.run(config, tmp_path)
+  playing.end()
+  rollout_lib.run(config, tmp_path, share=shares.Share(1, 2))
+  # All episodes are there, and another process has not said yet that it is ready.
+  late = shares.Playing(tmp_path / 'parts' / '7')
+  rollout_lib.run(config, tmp_path, share=shares.Share(0, 2))
+  assert not (tmp_path / 'summary.json').exists()
+  late.end()
+  rollout_lib.run(config, tmp_path, share=shares.Share(0, 2))
+  assert json.loads((tmp_path / 'summary.json').read_text())['rows'][0]['n'] == 4
+
+
+@pytest.mark.parametrize('index, count', [(2, 2), (-1, 2), (0, 0)])
+def test_a_process_s_number_is_below_that_of_all(index, count):
+  with pytest.raises(errors.UserError, match='give a number from 0'):
+    shares.Share(index, count)
+
+
+@pytest.mark.slow
+def test_two_processes_one_of_them_killed_lose_and_double_nothing(tmp_path, tokenizer):
+  arg = f'{TINY},tokenizer={tokenizer},skills=loop,split=valid_seen,episodes=12,max_calls=4'
+  start = lambda i: subprocess.Popen(
+    command(tmp_path / 'two', arg, '--num_processes=2', f'--process_id={i}'), cwd=ROOT,
+    env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  both = [start(0), start(1)]
+  journal = tmp_path / 'two' / 'parts' / '1' / trajectory.JOURNAL_NAME
+  while both[1].poll() is None and not (journal.exists() and journal.stat().st_size):
+    time.sleep(0.002)
+  both[1].send_signal(signal.SIGKILL)
+  both[1].communicate()
+  both[1] = start(1)
+  for process in both:
+    assert process.wait(600) == 0, process.stderr.read()
+    process.stderr.close()
+  whole = rollout(tmp_path / 'whole', arg)
+  assert whole.returncode == 0, whole.stderr
+  check_joined(tmp_path / 'two', tmp_path / 'whole')

@@ -65,6 +65,8 @@ class _Bench:
       'environment': {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}}  # For all.
     if values['device'] == 'cpu':
       self.job['environment']['JAX_PLATFORMS'] = 'cpu'
+    else:
+      self.job['environment']['XLA_PYTHON_CLIENT_MEM_FRACTION'] = '0.92'
 
   def run(
     self, name: str, engine: str, job: Mapping[str, Any], *, may_fail: bool = False
@@ -224,11 +226,12 @@ def predict_minutes(values: Mapping[str, Any], turns: Sequence[Sequence[tuple[in
     if 'llama_cpp' in values['peer']:
       total += seconds('llama_cpp', new) * (1 + tastes('llama_cpp'))
   if 'scaling' in values['parts']:
+    # Tokens of an episode's first turns, and how many such episodes are played.
+    each = sum(a + b for own in turns for a, b in own[:values['scaling_turns']]) / len(turns)
     played = sum(max(8, n) for n in values['scaling_slots'])
-    total += 2 * seconds('ours', new) * played / max(1, len(turns))
-    per_episode = sum(values['scaling_contexts']) + new / max(1, len(turns)) * len(
-      values['scaling_contexts'])
-    total += 2 * seconds('ours', per_episode * values['context_slots'])
+    contexts = values['scaling_contexts']
+    longer = values['context_slots'] * (sum(contexts) + each * len(contexts))
+    total += 2 * seconds('ours', each * played + longer)
   if 'decode' in values['parts']:
     places = sum(values['decode_slots']) * (
       sum(values['decode_contexts']) + len(values['decode_contexts']) * values['decode_tokens'])
@@ -283,7 +286,8 @@ def rollout_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure_scaling(bench: _Bench) -> dict[str, Any]:
   """Episodes/hour by slots and by context; a point that failed says why."""
-  values, job = bench.values, {'kind': 'replay', 'dtype': bench.values['dtypes'][0]}
+  values = bench.values
+  job = {'kind': 'replay', 'dtype': values['dtypes'][0], 'turns': values['scaling_turns']}
 
   def point(name: str, **change) -> dict[str, Any]:
     record = bench.run(name, 'jax', {**job, **change}, may_fail=True)
@@ -300,7 +304,7 @@ def measure_scaling(bench: _Bench) -> dict[str, Any]:
         f'scaling.context{n}', context=n, slots=values['context_slots'],
         episodes=values['context_slots'])
       for n in values['scaling_contexts']],
-    'context_slots': values['context_slots']}
+    'context_slots': values['context_slots'], 'turns': values['scaling_turns']}
 
 
 def run(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:

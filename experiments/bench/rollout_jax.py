@@ -29,11 +29,13 @@ _CANDIDATES = 8  # likeliest tokens that `exact` keeps of each place
 
 
 def load(job: dict[str, Any], dtype: str) -> decoder.Model:
-  """The job's model: its own weights, or random ones where it has none."""
+  """The job's model, prepared for decoding: its own weights, or random ones where it has none."""
   if not job['weights']:
-    return decoder.create(registry.get_config(job['model'], dtype=dtype), seed=0)
-  config, params = weights.load_pretrained(pathlib.Path(job['weights']), dtype)
-  return decoder.from_params(dataclasses.replace(config, dtype=dtype), params)
+    model = decoder.create(registry.get_config(job['model'], dtype=dtype), seed=0)
+  else:
+    config, params = weights.load_pretrained(pathlib.Path(job['weights']), dtype)
+    model = decoder.from_params(dataclasses.replace(config, dtype=dtype), params)
+  return decoder.prepare_for_decode(model)
 
 
 def make_engine(job: dict[str, Any], model: decoder.Model, slots: int, max_len: int, **options):
@@ -49,8 +51,8 @@ def check_memory(model: decoder.Model, slots: int, max_len: int) -> None:
   cache = jax.eval_shape(
     lambda: KVCache.init(model.config, slots, max_len, model.config.dtype))
   nbytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-  # Decoding reads a copy of the cache, and a program that writes to one may hold another.
-  need, there = 2 * nbytes(model.frozen) + 3 * nbytes(cache), memory.device_bytes(1)
+  # Decoding reads a copy of the cache, and a program that writes to one copies a layer of it.
+  need, there = nbytes(model.frozen) + 2.25 * nbytes(cache), memory.device_bytes(1)
   if need > 0.9 * there:
     raise MemoryError(
       f'{slots} slots of {max_len} tokens need about {need / 2**30:.1f} GiB of the '
@@ -124,6 +126,7 @@ def play(job: dict[str, Any]) -> dict[str, Any]:
 
   suite.make = timed
   for warm in (True, False):
+    engine = None  # The first one's cache is freed before the second one's is made.
     engine = make_engine(
       job, model, min(job['slots'], len(tasks)), config.max_context, stop_ids=tokenizer.stop_ids)
     clock['seconds'] = 0.0
@@ -155,18 +158,12 @@ def transcript(episode) -> dict[str, Any]:
   return {'turns': turns, 'tokens': tokens[:end]}
 
 
-def total_tokens(transcripts: Sequence[dict[str, Any]], turns: int = 0) -> tuple[int, int]:
-  """(new prompt tokens, sampled tokens) of all episodes, or of their first `turns` turns."""
-  chosen = [turn for t in transcripts for turn in t['turns'][:turns or None]]
-  return sum(len(new) for new, _ in chosen), sum(count for _, count in chosen)
-
-
 def longest(transcripts: Sequence[dict[str, Any]]) -> int:
   """Tokens of the longest episode."""
   return max(sum(len(new) + count for new, count in t['turns']) for t in transcripts)
 
 
-def drive(engine: Engine, transcripts: Sequence[dict[str, Any]], turns: int = 0) -> float:
+def drive(engine: Engine, transcripts: Sequence[dict[str, Any]]) -> float:
   """Replays transcripts over the engine's slots; a slot that is free takes the next. Seconds."""
   waiting = collections.deque(enumerate(transcripts))
   slots: list[tuple[int, list, int] | None] = [None] * engine.num_slots
@@ -178,7 +175,7 @@ def drive(engine: Engine, transcripts: Sequence[dict[str, Any]], turns: int = 0)
       slots[slot] = (number, own, turn + 1) if turn + 1 < len(own) else None
     if slots[slot] is None and waiting:
       number, found = waiting.popleft()
-      slots[slot] = (number, found['turns'][:turns or None], 0)
+      slots[slot] = (number, found['turns'], 0)
     if slots[slot] is not None:
       number, own, turn = slots[slot]
       engine.submit(slot, own[turn][0], own[turn][1], reset=not turn, seed=number)
@@ -206,15 +203,18 @@ def replay(job: dict[str, Any]) -> dict[str, Any]:
   """Replays transcripts twice; the second time, with all programs compiled, counts."""
   transcripts = json.loads(pathlib.Path(job['transcripts']).read_text())
   model = load(job, job['dtype'])
+  turns = job.get('turns', 0)
+  transcripts = [{**found, 'turns': found['turns'][:turns or None]} for found in transcripts]
   if count := job.get('episodes'):
     transcripts = [transcripts[i % len(transcripts)] for i in range(count)]
   if context := job.get('context', 0):
     transcripts = with_context(transcripts, context, model.config.vocab_size)
-  max_len, turns = -(-longest(transcripts) // 128) * 128, job.get('turns', 0)
+  max_len = -(-longest(transcripts) // 128) * 128
   for _ in range(2):
+    engine = None  # The first one's cache is freed before the second one's is made.
     engine = make_engine(
       job, model, min(job['slots'], len(transcripts)), max_len, stop_ids=())
-    wall_s = drive(engine, transcripts, turns)
+    wall_s = drive(engine, transcripts)
   return {
     **_split_of_time(engine, wall_s, 0.0), 'episodes': len(transcripts),
     'prefilled': engine.stats.prefilled, 'copied': engine.stats.copied,
@@ -333,7 +333,7 @@ def exact(job: dict[str, Any]) -> dict[str, Any]:
   Returns:
     {'ids', 'logits'}: [N][8], of the place after each token, likeliest first.
   """
-  model = decoder.prepare_for_decode(load(job, 'float32'))
+  model = load(job, 'float32')
   tokens = np.asarray(job['tokens'], np.int32)
   length = -(-len(tokens) // _BLOCK) * _BLOCK
   cache = KVCache.init(model.config, 1, length, 'float32')

@@ -162,7 +162,7 @@ def _decode_lines(decode: Mapping[str, Any]) -> list[str]:
 
 
 def _scaling_lines(scaling: Mapping[str, Any]) -> list[str]:
-  lines = ['']
+  lines = ['', f'The first {scaling["turns"]} turns of each episode:']
   for key in ('slots', 'context'):
     for point in scaling[key]:
       said = (f'not measured: {point["error"]}' if 'error' in point
@@ -176,7 +176,7 @@ def _scaling_lines(scaling: Mapping[str, Any]) -> list[str]:
 def plot(scaling: Mapping[str, Any]) -> str:
   """Episodes/hour over slots and over context as SVG, two panels, all axes logarithmic."""
   panels = [
-    ('slots', 'Episodes/hour by slots', 'slots'),
+    ('slots', f'Episodes/hour (of {scaling["turns"]} turns) by slots', 'slots'),
     ('context', f'by tokens before each prompt, {scaling["context_slots"]} slots', 'tokens')]
   left, top, width, height, gap = 64, 34, 300, 220, 90
   points = {key: [(p[key], p['episodes_per_hour']) for p in scaling[key] if 'error' not in p]

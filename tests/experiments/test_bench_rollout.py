@@ -76,13 +76,12 @@ class Counting:
     return [type('Completion', (), {'slot': slot}) for slot in done]
 
 
-@pytest.mark.parametrize('turns', [0, 1])
-def test_a_replay_asks_for_every_turn_once_and_in_order(turns):
+def test_a_replay_asks_for_every_turn_once_and_in_order():
   given, engine = transcripts(7), Counting(3)
-  rollout_jax.drive(engine, given, turns)
+  rollout_jax.drive(engine, given)
   for number, found in enumerate(given):
     own = [entry for entry in engine.log if entry[-1] == number]
-    wanted = found['turns'][:turns or None]
+    wanted = found['turns']
     assert [(n, count) for _, n, count, _, _ in own] == [(len(new), c) for new, c in wanted]
     assert [reset for *_, reset, _ in own] == [True] + [False] * (len(wanted) - 1)
     assert len({slot for slot, *_ in own}) == 1
@@ -197,7 +196,7 @@ def test_the_plot_leaves_out_what_failed():
   scaling = {
     'slots': [{'slots': 1, 'episodes_per_hour': 12.0}, {'slots': 4, 'episodes_per_hour': 31.0},
               {'slots': 256, 'error': 'MemoryError: 256 slots'}],
-    'context': [{'context': 512, 'episodes_per_hour': 20.0}], 'context_slots': 32}
+    'context': [{'context': 512, 'episodes_per_hour': 20.0}], 'context_slots': 32, 'turns': 8}
   svg = rollout_page.plot(scaling)
   assert svg.count('<circle') == 3 and 'nan' not in svg and '>256<' not in svg
   assert 'not measured: MemoryError' in rollout_page.table({'scaling': scaling})
@@ -271,7 +270,7 @@ def test_a_small_run_and_the_same_again(tmp_path):
     sys.executable, '-m', 'experiments.bench.rollout', f'--workdir={tmp_path / "run"}',
     f'--out={out}', '--peer=transformers',
     f'--config=configs/bench_rollout.py:model={folder},episodes=2,slots=2,max_env_steps=2,'
-    'max_calls=3,max_context=1024,dtypes=float32,decode_slots=1,2,decode_contexts=32,'
+    'max_calls=3,max_context=1024,dtypes=float32,scaling_turns=2,decode_slots=1,2,decode_contexts=32,'
     'decode_tokens=16,scaling_slots=1,2,scaling_contexts=16,context_slots=2']
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
