@@ -48,6 +48,9 @@ _BETTER = 1.02
 # Shares of the product rate that a whole replay reaches; only for the minutes that are predicted.
 _EFFICIENCY = {'ours': 0.2, 'reprefill': 0.15, 'cached': 0.04, 'llama_cpp': 0.15}
 
+# FLOP/s of a GPU, likewise: this process leaves the device and its memory to the jobs.
+_GPU_RATE = 4e14
+
 
 class _Bench:
   """The jobs of a run and their records."""
@@ -63,9 +66,8 @@ class _Bench:
       'engine': {'decode_steps': values['decode_steps']},
       'transcripts': str((folder / 'transcripts.json').absolute()),
       'environment': {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}}  # For all.
-    if values['device'] == 'cpu':
-      self.job['environment']['JAX_PLATFORMS'] = 'cpu'
-    else:
+    self.job['environment']['JAX_PLATFORMS'] = 'cpu' if values['device'] == 'cpu' else 'cuda,cpu'
+    if values['device'] == 'gpu':
       self.job['environment']['XLA_PYTHON_CLIENT_MEM_FRACTION'] = '0.92'
 
   def run(
@@ -213,7 +215,7 @@ def predict_minutes(values: Mapping[str, Any], turns: Sequence[Sequence[tuple[in
   new = sum(a + b for own in turns for a, b in own)
   again = sum(sum(a + b for a, b in own[:i + 1]) for own in turns for i in range(len(own)))
   flops = cost.forward_flops(config, 1, 1, 512)
-  rate = speed.product_rate('bfloat16')
+  rate = speed.product_rate('bfloat16') if values['device'] == 'cpu' else _GPU_RATE
   seconds = lambda engine, tokens: tokens * flops / (rate * _EFFICIENCY[engine])
   tastes = lambda engine: len(settings_of(engine, values)) * values['taste_turns'] / max(
     1, max(map(len, turns)))
@@ -365,6 +367,7 @@ def values_of(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
 
 
 def main(_) -> None:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # Of this process; the jobs have their own.
   given = {name: flags.FLAGS[name].value for name in ('peer', 'llama_python', 'parts', 'device')}
   config = flags.FLAGS.config or config_lib.get_config()
   record = run(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from data import errors
+from data.tokenizer import Tokenizer
 from experiments.bench import rollout as bench
 from experiments.bench import rollout_jax, rollout_page, rollout_torch
 from models import decoder, registry, weights
@@ -255,6 +257,32 @@ def test_bad_input_is_one_sentence(tmp_path, given, says):
 def test_a_list_that_is_none_is_named():
   with pytest.raises(errors.UserError, match='scaling_slots=1,x'):
     bench.values_of({**bench.config_lib.DEFAULTS, 'scaling_slots': '1,x'}, peer='none', parts='')
+
+
+LLAMA = pathlib.Path(__file__).parents[2] / '.venv-llama' / 'bin' / 'python'
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LLAMA.exists(), reason='llama-cpp-python is not there, in .venv-llama')
+def test_llama_cpp_does_the_same_work_and_reads_the_same_weights(tmp_path, smollm2_path):
+  rng, given = np.random.default_rng(0), transcripts(5)
+  for found in given:
+    found['tokens'] = rng.integers(300, 20_000, len(found['tokens'])).tolist()
+  path = tmp_path / 'transcripts.json'
+  path.write_text(json.dumps(given))
+  job = {'weights': str(smollm2_path), 'model': 'smollm2_135m', 'transcripts': str(path)}
+  run = lambda **more: bench.bench_train.run_job(
+    'experiments.bench.rollout_llama', {**job, **more}, tmp_path, python=str(LLAMA))
+  for setting in ({}, {'unified': True, 'ubatch': 32, 'batch': 32}):
+    record = run(kind='replay', turns=0, slots=3, setting=setting)
+    assert record['generated'] == sum(count for t in given for _, count in t['turns'])
+    assert record['prefilled'] == sum(
+      len(new) for t in given for new, _ in t['turns']) + sum(len(t['turns']) - 1 for t in given)
+  text = 'You are in the middle of a room. Looking quickly around you, you see a desk 1.'
+  forced = {'kind': 'exact', 'tokens': Tokenizer.load(smollm2_path).encode(text)}
+  found = rollout_page.agreement(rollout_jax.exact({**job, **forced}), run(**forced))
+  # Its products are of quantised activations.
+  assert found['share'] >= 0.8, found
 
 
 @pytest.mark.slow
