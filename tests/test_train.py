@@ -442,6 +442,7 @@ def test_a_too_long_episode_is_counted(rooms, tmp_path):
   assert record['episodes']['too_long'] > 0
 
 
+@pytest.mark.slow
 def test_rows_of_a_length_that_packs_well(rooms, tmp_path):
   record = train.run(train_config.make(values(rooms, row_len=0, epochs=0.5)), tmp_path)
   assert record['episodes']['too_long'] == 0
