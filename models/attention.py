@@ -299,6 +299,9 @@ def _blocked(q, k, v, segment_ids, window: int) -> jax.Array:
 
 def _blocked_fwd(q, k, v, segment_ids, window):
   size, widths, dtype = q.shape[5], _widths(q.shape[1]), q.dtype
+  # Masks are the same in all layers: without a barrier, a scan over these makes and keeps T x S of
+  # them before its first layer.
+  q, segment_ids = jax.lax.optimization_barrier((q, segment_ids))
   blocks, k, v = _per_block(q), to_bits(k), to_bits(v)
 
   def visit(_, inputs):
@@ -325,6 +328,7 @@ def _blocked_bwd(window, residuals, grad):
   blocks, k, v, segment_ids, out, norm = residuals
   size, widths = grad.shape[5], _widths(grad.shape[1])
   shape, dtype = grad.shape, from_bits(k).dtype
+  grad, segment_ids = jax.lax.optimization_barrier((grad, segment_ids))  # As in the forward pass.
   grad = grad.reshape(blocks.shape)
   # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
   inner = jnp.sum(grad * from_bits(out), axis=-1, keepdims=True)

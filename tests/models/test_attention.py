@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,19 @@ def test_blocks_before_a_segment_are_not_read():
   got = jax.grad(loss, (0, 1, 2))(q, k, v.at[0, :256].set(jnp.nan))
   for ours, theirs in zip(got, want, strict=True):
     np.testing.assert_array_equal(ours[0, 256:], theirs[0, 256:])
+
+
+def test_layers_do_not_keep_the_masks_of_all_blocks():
+  q, k, v = draw(1, 384)
+  segment_ids = jnp.arange(384)[None] // 100
+
+  def layers(q, k, v):
+    body = lambda x, _: (attention(x, k, v, segment_ids=segment_ids), None)
+    return jax.lax.scan(body, q, None, length=2)[0].sum()
+
+  text = str(jax.make_jaxpr(jax.grad(layers, (0, 1, 2)))(q, k, v))
+  assert '[1,2,3,128,384]' in text  # a block's own scores
+  assert not re.search(r'\[3,1,2,3,128,(128|256|384)\]', text)  # three blocks of them
 
 
 def test_rows_on_a_mesh_equal_plain():
