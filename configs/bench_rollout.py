@@ -33,6 +33,7 @@ DEFAULTS = dict(
   max_repeats=100,  # high: speed is measured, and not success
   max_context=2048,
   decode_steps=8,
+  lookups='0,4',  # tokens of a copied draft that are tried; 0 is none
   taste_turns=3,  # turns on which the settings of an engine are tried
   # Steady decoding.
   decode_slots='1,8,64',

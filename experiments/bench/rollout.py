@@ -115,8 +115,10 @@ def settings_of(peer: str, values: Mapping[str, Any]) -> dict[str, dict[str, Any
   dtypes, slots = values['dtypes'], min(values['slots'], values['episodes'])
   rows = sorted({min(16, slots), slots})
   if peer == 'ours':
-    return {f'{dtype}-{n}': {'dtype': dtype, 'slots': n} for dtype in dtypes
-            for n in sorted({max(1, slots // 2), slots})}
+    return {f'{dtype}-{n}' + (f'-lookup{draft}' if draft else ''):
+              {'dtype': dtype, 'slots': n, 'lookup': draft}
+            for dtype in dtypes for n in sorted({max(1, slots // 2), slots})
+            for draft in values['lookups']}
   if peer == 'reprefill':
     return {f'{dtype}-{n}': {'mode': peer, 'dtype': dtype, 'rows': n}
             for dtype in dtypes for n in rows}
@@ -355,7 +357,7 @@ def values_of(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     errors.UserError: a list of numbers is none.
   """
   values = {**config, **given}
-  for name in ('decode_slots', 'decode_contexts', 'scaling_slots', 'scaling_contexts'):
+  for name in ('lookups', 'decode_slots', 'decode_contexts', 'scaling_slots', 'scaling_contexts'):
     try:
       values[name] = [int(n) for n in values[name].split(',')]
     except ValueError as error:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.engine import Engine
+from inference import Engine, LookupConfig
 from models import chips, cost, decoder, memory, registry, weights
 from models.kv_cache import KVCache
 
@@ -41,8 +41,9 @@ def load(job: dict[str, Any], dtype: str) -> decoder.Model:
 def make_engine(job: dict[str, Any], model: decoder.Model, slots: int, max_len: int, **options):
   """An engine of the job; `job['engine']` are further arguments."""
   check_memory(model, slots, max_len)
+  lookup = LookupConfig(draft_len=job['lookup']) if job.get('lookup') else None
   return Engine(
-    model, num_slots=slots, max_len=max_len, cache_dtype=model.config.dtype,
+    model, num_slots=slots, max_len=max_len, cache_dtype=model.config.dtype, lookup=lookup,
     **{**options, **job.get('engine', {})})
 
 
@@ -295,7 +296,8 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
       for context in job['contexts']:
         # Half of the timed tokens come before the stated context, half after it.
         prompt = max(1, context - steps // 2)
-        engine = make_engine(job, model, slots, prompt + steps + 8, stop_ids=())
+        engine = make_engine(
+          job, model, slots, prompt + steps + 8, stop_ids=(), share_prefixes=False)
         for _ in range(2):  # The first compiles.
           for slot in range(slots):
             engine.submit(slot, rng.integers(0, vocab, prompt), steps, reset=True)

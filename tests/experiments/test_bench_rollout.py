@@ -100,6 +100,7 @@ def test_more_context_is_each_episode_s_own_and_changes_nothing_else():
   assert rollout_jax.longest(longer) == rollout_jax.longest(given) + 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('setting', [
   {'mode': 'reprefill'}, {'mode': 'cached', 'cache': 'dynamic'},
   {'mode': 'cached', 'cache': 'static'}], ids=lambda s: '-'.join(s.values()))
@@ -298,7 +299,7 @@ def test_a_small_run_and_the_same_again(tmp_path):
     sys.executable, '-m', 'experiments.bench.rollout', f'--workdir={tmp_path / "run"}',
     f'--out={out}', '--peer=transformers',
     f'--config=configs/bench_rollout.py:model={folder},episodes=2,slots=2,max_env_steps=2,'
-    'max_calls=3,max_context=1024,dtypes=float32,scaling_turns=2,decode_slots=1,2,decode_contexts=32,'
+    'max_calls=3,max_context=1024,dtypes=float32,scaling_turns=2,lookups=0,decode_slots=1,2,decode_contexts=32,'
     'decode_tokens=16,scaling_slots=1,2,scaling_contexts=16,context_slots=2']
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
