@@ -330,13 +330,13 @@ def _blocked_bwd(window, residuals, grad):
   shape, dtype = grad.shape, from_bits(k).dtype
   grad, segment_ids = jax.lax.optimization_barrier((grad, segment_ids))  # As in the forward pass.
   grad = grad.reshape(blocks.shape)
-  # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
-  inner = jnp.sum(grad * from_bits(out), axis=-1, keepdims=True)
   sums = jnp.zeros((*k.shape[:3], k.shape[4], k.shape[3]))  # Transposed: [g, R, K, H, T].
 
   def visit(sums, inputs):
-    q, grad, inner, norm, (group, block, choice) = inputs
+    q, grad, out, norm, (group, block, choice) = inputs
     q, grad, segments = from_bits(q), from_bits(grad), _group(segment_ids, group)
+    # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
+    inner = (grad.astype(jnp.float32) * from_bits(out).astype(jnp.float32)).sum(-1, keepdims=True)
 
     def read(width, sums):
       first = jnp.maximum(block + 1 - width, 0) * size
@@ -357,8 +357,7 @@ def _blocked_bwd(window, residuals, grad):
     return jax.lax.switch(
       choice, [functools.partial(read, width) for width in widths], sums)
 
-  inputs = (blocks, to_bits(grad.astype(dtype)), inner, norm,
-            _visits(segment_ids, size, window))
+  inputs = (blocks, to_bits(grad.astype(dtype)), out, norm, _visits(segment_ids, size, window))
   (dk, dv), dq = jax.lax.scan(visit, (sums, sums), inputs)
   dk, dv = dk.swapaxes(3, 4), dv.swapaxes(3, 4)
   return dq.reshape(shape).astype(dtype), dk.astype(dtype), dv.astype(dtype), None
