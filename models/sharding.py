@@ -157,8 +157,8 @@ def gather(state: nnx.State, axis: str) -> nnx.State:
   """Variables with one logical axis whole on every device, under `jax.set_mesh`; else a no-op.
 
   Small kernels that every layer of a loop needs are gathered once before it. XLA would send each
-  part round a ring while it multiplies, in every layer and direction: for a 7B model on 16 devices
-  15,000 messages a step, most of 28 kB.
+  part round a ring while it multiplies, in every layer and direction: for an adapter of rank 64 on
+  a 7B model and 16 TPU devices, 9,000 messages of 28 kB a step beside the kernels' 5,700.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
