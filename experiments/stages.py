@@ -62,7 +62,8 @@ class Stages:
   def play(self, folder: pathlib.Path, **changes) -> list[trajectory.Episode]:
     """Plays episodes through rollout.py's own code: this config's keys, then the changes."""
     values = {key: self.config[key] for key in rollout_config.DEFAULTS if key in self.config}
-    values.update(changes)
+    # An experiment's mesh is that of its trainings; it plays on one device.
+    values.update(mesh='', **changes)
     rollout.run(rollout_config.make(values), folder, base=self.base)
     return trajectory.load_episodes(folder)
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import rollout
 from agents import episode as episode_lib
 from agents import experience_memory, expert_episodes
 from agents import memory as memory_lib
@@ -338,3 +339,14 @@ def test_every_stage_survives_a_kill_and_goes_on(smollm2_path, minilm_path, tmp_
   for split in experience_rows.SPLITS:
     page = (workdir / f'report-{split}.html').read_text()
     assert 'A dry run' in page and 'The experience banks' in page
+
+
+def test_the_mesh_of_an_experiment_is_that_of_its_trainings(monkeypatch, tmp_path):
+  seen = []
+  monkeypatch.setattr(rollout, 'run', lambda config, folder, base: seen.append(config))
+  monkeypatch.setattr(trajectory, 'load_episodes', lambda folder: [])
+  run = experience_retrieval.Experiment(config_lib.get_config('mesh=auto'), tmp_path)
+  run._base = object()
+  run.play(tmp_path, episodes=3)
+  assert (seen[0].mesh, seen[0].episodes) == ('', 3)
+  assert run.train_config(data='x', init_adapter='').mesh == 'auto'
