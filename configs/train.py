@@ -53,7 +53,7 @@ DEFAULTS = dict(
   label_smoothing=0.0,
   epochs=1.0,  # passes over the data; 0.5 is half of it
   # Rows of packed episodes: batch_rows x grad_accum of them a step.
-  row_len=512,  # tokens; longer episodes are left out and counted; 0: the shortest that packs well
+  row_len=512,  # tokens; longer ones are left out and counted; 0: shortest that packs well
   batch_rows=4,  # rows computed at a time
   grad_accum=1,
   seed=0,
