@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -88,13 +89,18 @@ def _quieten_full_disks() -> None:
   """Keeps threads from telling of a full disk what `run` will tell.
 
   Checkpoints are written by threads of Orbax, which print and log their tracebacks, and raise the
-  error in the main thread as well.
+  error in the main thread as well. Of the writes that were under way asyncio then logs those that
+  nobody waited for, and TensorStore calls an event loop that is closed.
   """
   excepthook = threading.excepthook
   threading.excepthook = lambda arguments: (
     None if errors.full_disk(arguments.exc_value) else excepthook(arguments))
-  logging.get_absl_logger().addFilter(
-    lambda record: not (record.exc_info and errors.full_disk(record.exc_info[1])))
+  unraisablehook = sys.unraisablehook
+  sys.unraisablehook = lambda arguments: (
+    None if str(arguments.exc_value) == 'Event loop is closed' else unraisablehook(arguments))
+  for logger in (logging.get_absl_logger(), python_logging.getLogger('asyncio')):
+    logger.addFilter(
+      lambda record: not (record.exc_info and errors.full_disk(record.exc_info[1])))
 
 
 def run(main: Callable[[list[str]], None], required: tuple[str, ...] = ('config', 'workdir')):
