@@ -167,7 +167,8 @@ def measure(engine: str, keys: np.ndarray, queries: np.ndarray, least: np.ndarra
     'build_s', 'memory_bytes', 'single_per_s' (queries/s, one at a time), 'batch_per_s', 'recall'
     and, for an approximate engine, 'leaves_searched'.
   """
-  approximate = engine == 'faiss_ivf' or (engine == 'ours' and len(keys) >= 20_000)
+  from retrieval import index
+  approximate = engine == 'faiss_ivf' or (engine == 'ours' and len(keys) >= index.EXACT_BELOW)
   # One small search before, so that packages are loaded and threads are running.
   _BUILD[engine](keys[:1000], 1.0)(queries[:2], 1)
   before = _resident()
