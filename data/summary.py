@@ -1,9 +1,13 @@
 """What a set of episodes brought: one table row, its interval, and paired differences."""
 
 import collections
+import datetime
 import importlib.metadata
 import math
+import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +28,21 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       continue
   return found
+
+
+def measured(module: str, packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
+  """Returns what a measurement says of itself: command, machine, date and versions.
+
+  Args:
+    module: the entry that ran, as `python -m` takes it; its flags are this process's.
+    packages: whose versions the figures depend on.
+  """
+  return {
+    'command': shlex.join(['python', '-m', module, *sys.argv[1:]]),
+    'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+    'date': datetime.date.today().isoformat(),
+    'versions': versions(packages),
+  }
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> list[float]:

@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import multiprocessing.connection
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -33,6 +32,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from data import process_memory
 from data.errors import UserError
 from envs import base
 
@@ -373,17 +373,6 @@ class _Worker:
     return f'was killed by signal {-code}' if code < 0 else f'exited with {code}'
 
 
-def _memory_mb() -> float:
-  """Resident memory of this process; its largest so far where the system has no /proc."""
-  try:
-    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE') / _MEGABYTE
-  except OSError:
-    import resource
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest / (_MEGABYTE if sys.platform == 'darwin' else 1024)
-
-
 def _watch(parent: int) -> None:
   """Ends this process and all that it started when the one that started it is gone."""
   while os.getppid() == parent:
@@ -435,9 +424,10 @@ def serve(descriptor: int) -> None:
     except base.FAULTS as error:
       reply = 'fault', f'{type(error).__name__}: {error}'
     try:
-      connection.send((*reply, _memory_mb()))
+      connection.send((*reply, process_memory.resident_bytes() / _MEGABYTE))
     except OSError:
       return
     except Exception as error:
       # Whatever an environment answers, the worker does.
-      connection.send(('fault', f'{type(error).__name__}: {error}', _memory_mb()))
+      fault = f'{type(error).__name__}: {error}'
+      connection.send(('fault', fault, process_memory.resident_bytes() / _MEGABYTE))

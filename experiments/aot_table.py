@@ -10,13 +10,10 @@ makes the table and the plot from it.
 """
 
 import dataclasses
-import datetime
 import html
 import json
 import math
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from configs import cli
-from data import errors
+from data import errors, summary
 from data import workdir as workdir_lib
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -86,9 +83,8 @@ def collect(workdir: pathlib.Path, committed: Mapping[str, Any]) -> dict[str, An
   return {
     'cells': {cell.name: done[cell.name] for cell in cells() if cell.name in done},
     'measured': {
-      'command': 'python -m experiments.aot_table --workdir=runs/aot',
-      'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}, no TPU',
-      'date': datetime.date.today().isoformat()},
+      **summary.measured('experiments.aot_table', ()),
+      'command': 'python -m experiments.aot_table --workdir=runs/aot'},
   }
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import sys
 import time
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import tqdm
 
+from data import process_memory
 from data.errors import UserError
 from training.event_file import EventFile
 
@@ -27,7 +27,7 @@ def memory_bytes() -> int:
   """The most memory in use so far: of a device of this process, on CPUs of the process itself."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peak = max(found.get('peak_bytes_in_use', 0) for found in stats)
-  return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return peak or process_memory.peak_bytes()
 
 
 class Metrics:

@@ -7,13 +7,9 @@ and the step take turns, and everything is in seconds of CPU time: what other pr
 on neither side.
 """
 
-import datetime
 import json
-import os
 import pathlib
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -142,11 +138,8 @@ def main(_) -> None:
   config = registry.get_config(values.model, dtype='bfloat16')
   record = measure(
     config, rows=values.rows, row_len=values.row_len, steps=values.steps, remat=values.remat)
-  record['measured'] = {
-    'command': shlex.join(['python', '-m', 'experiments.bench.cost_model', *sys.argv[1:]]),
-    'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-    'date': datetime.date.today().isoformat(),
-    'versions': summary.versions(('jax', 'jaxlib', 'flax'))}
+  record['measured'] = summary.measured(
+    'experiments.bench.cost_model', ('jax', 'jaxlib', 'flax'))
   workdir_lib.write_json(pathlib.Path(values.out), record)
   print(section(record))
 

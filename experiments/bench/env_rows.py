@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import envs
-from data import errors
+from data import errors, process_memory
 from envs import base, webshop_generate, workers
 
 ROWS = ('household', 'textworld', 'webshop', 'scienceworld')
@@ -62,9 +62,7 @@ def _timed(work, *arguments) -> tuple[float, Any]:
 
 def tree_mb(pid: int) -> float:
   """Resident memory of a process and of all that it started."""
-  fields = dict(
-    line.split(':', 1) for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines())
-  own = int(fields.get('VmRSS', '0 kB').split()[0]) / 1024
+  own = process_memory.resident_bytes(pid) / 2**20
   children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
   return own + sum(tree_mb(int(child)) for child in children)
 
@@ -184,17 +182,11 @@ def write_catalogue(folder: pathlib.Path, count: int, seed: int = 0) -> None:
   (folder / 'items_ins_v2.json').write_text(json.dumps(attributes))
 
 
-def _peak_mb() -> float:
-  """The most memory that this process has had; what getrusage says starts with its parent's."""
-  status = pathlib.Path('/proc/self/status').read_text()
-  return int(status.partition('VmHWM:')[2].split()[0]) / 1024
-
-
 def open_catalogue(folder: str) -> dict[str, float]:
   """Opens a catalogue in this process: seconds, memory, and what searches and steps take."""
   from envs import webshop, webshop_reward
 
-  before = _peak_mb()
+  before = process_memory.peak_bytes()
   suite = webshop.WebShopSuite(folder)
   open_s, shop = _timed(lambda: suite.shop)
   places = range(0, len(shop.products), max(1, len(shop.products) // _QUERIES))
@@ -211,7 +203,7 @@ def open_catalogue(folder: str) -> dict[str, float]:
       steps += 1
   return {'open_s': open_s, 'search_ms': 1000 * statistics.median(searches),
           'page_steps_per_s': steps / (time.perf_counter() - started),
-          'memory_mb': _peak_mb() - before}
+          'memory_mb': (process_memory.peak_bytes() - before) / 2**20}
 
 
 def measure_catalogue(count: int) -> dict[str, Any]:

@@ -18,13 +18,10 @@ a machine that does nothing else.
 """
 
 import collections
-import datetime
 import gc
 import os
 import pathlib
-import platform
 import random
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -218,12 +215,7 @@ def main(_) -> None:
   if values.catalogue:
     record['catalogue'] = env_rows.measure_catalogue(values.catalogue)
     print(env_rows.catalogue_table(record['catalogue']), flush=True)
-  record['measured'] = {
-    'command': shlex.join(['python', '-m', 'experiments.bench.envs', *sys.argv[1:]]),
-    'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-    'date': datetime.date.today().isoformat(),
-    'versions': summary.versions(_PACKAGES),
-  }
+  record['measured'] = summary.measured('experiments.bench.envs', _PACKAGES)
   path = pathlib.Path(values.out)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,15 +16,10 @@ Static retrieval embeds the task and searches once an episode. Its share is of a
 time of SmolLM2-135M playing generated houses in batches, which is the shortest an episode takes.
 """
 
-import datetime
 import itertools
 import json
 import multiprocessing
-import os
 import pathlib
-import platform
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +30,7 @@ from absl import flags
 
 from configs import cli
 from configs import rollout as rollout_config
-from data import errors, summary
+from data import errors, process_memory, summary
 from data import workdir as workdir_lib
 
 OUT = pathlib.Path(__file__).parents[1] / 'results' / 'bench_retrieval.json'
@@ -105,12 +100,6 @@ def recall(found: np.ndarray, keys: np.ndarray, queries: np.ndarray, least: np.n
   return float(np.mean((scores >= least[:, None] - 1e-4) & (found >= 0)))
 
 
-def _resident() -> int:
-  """Bytes of memory that this process holds."""
-  with open('/proc/self/statm') as file:
-    return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-
-
 Search = Callable[[np.ndarray, int], np.ndarray]
 
 
@@ -171,7 +160,7 @@ def measure(engine: str, keys: np.ndarray, queries: np.ndarray, least: np.ndarra
   approximate = engine == 'faiss_ivf' or (engine == 'ours' and len(keys) >= index.EXACT_BELOW)
   # One small search before, so that packages are loaded and threads are running.
   _BUILD[engine](keys[:1000], 1.0)(queries[:2], 1)
-  before = _resident()
+  before = process_memory.resident_bytes()
   for share in _SHARES if approximate else (1.0,):
     start = time.perf_counter()
     search = _BUILD[engine](keys, share)
@@ -179,7 +168,7 @@ def measure(engine: str, keys: np.ndarray, queries: np.ndarray, least: np.ndarra
     found = recall(search(queries, RECALL_K), keys, queries, least)
     if found >= RECALL:
       break
-  memory = _resident() - before
+  memory = process_memory.resident_bytes() - before
   start = time.perf_counter()
   for query in queries[:, None]:
     search(query, RECALL_K)
@@ -304,11 +293,7 @@ def run(sizes: list[int], engines: list[str], texts: int, episodes: int) -> dict
       make_keys(vectors, _STATIC_SIZE), opening_texts(2 * _QUERIES, 'valid_seen')[-50:], episodes)
   return record | {
     'wall_s': time.perf_counter() - started,
-    'measured': {
-      'command': shlex.join(['python', '-m', 'experiments.bench.retrieval', *sys.argv[1:]]),
-      'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'date': datetime.date.today().isoformat(),
-      'versions': summary.versions(_PACKAGES)}}
+    'measured': summary.measured('experiments.bench.retrieval', _PACKAGES)}
 
 
 def _sizes(text: str) -> list[int]:

@@ -14,11 +14,9 @@ goes on with the jobs that are left. llama-cpp-python may lie in another environ
 (--llama_python). configs/bench_rollout.py has the commands, that for a GPU too, and every key.
 """
 
-import datetime
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -334,13 +332,10 @@ def run(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
       'contexts': values['decode_contexts'], 'steps': values['decode_tokens']})
   if 'scaling' in values['parts']:
     record['scaling'] = measure_scaling(bench)
-  llama = {'llama_cpp': _llama_version(values)} if 'llama_cpp' in values['peer'] else {}
-  return record | {
-    'versions': summary.versions(_PACKAGES) | llama,
-    'measured': {
-      'command': 'python -m experiments.bench.rollout ' + ' '.join(sys.argv[1:]),
-      'machine': f'{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores',
-      'date': datetime.date.today().isoformat()}}
+  measured = summary.measured('experiments.bench.rollout', _PACKAGES)
+  if 'llama_cpp' in values['peer']:
+    measured['versions']['llama_cpp'] = _llama_version(values)
+  return record | {'measured': measured}
 
 
 def _llama_version(values: Mapping[str, Any]) -> str:

@@ -15,12 +15,10 @@ A published model, or a folder, trains with its own weights; any other name with
 random tokens in the episodes' lengths.
 """
 
-import datetime
 import itertools
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -322,11 +320,7 @@ def run(values: Mapping[str, Any]) -> dict[str, Any]:
     'setting': {key: values[key] for key in values if key != 'out'} | {'row_len': job['row_len']},
     **summarise(own, peers, curves),
     'device_name': own[0]['device_name'],
-    'versions': summary.versions(_PACKAGES),
-    'measured': {
-      'command': 'python -m experiments.bench.train ' + ' '.join(sys.argv[1:]),
-      'machine': f'{platform.machine()}, {os.cpu_count()} CPU cores',
-      'date': datetime.date.today().isoformat()}}
+    'measured': summary.measured('experiments.bench.train', _PACKAGES)}
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import resource
 import time
 
 import jax
@@ -11,8 +10,8 @@ import numpy as np
 
 from models import cost, decoder, registry, sharding, weights
 from models.lora import LoraConfig
+from training import metrics, packing, speed
 from training import optimizer as optimizer_lib
-from training import packing, speed
 from training import step as step_lib
 
 
@@ -25,12 +24,6 @@ def _model(job: dict, mesh) -> decoder.Model:
   config = dataclasses.replace(config, dtype=job['dtype'])
   _, adapter = weights.load_peft(job['adapter'], config)
   return decoder.from_params(config, {**params, **adapter}, lora, mesh=mesh)
-
-
-def _peak_bytes() -> int:
-  if jax.default_backend() == 'cpu':
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  return jax.local_devices()[0].memory_stats()['peak_bytes_in_use']
 
 
 def run(job: dict) -> dict:
@@ -67,7 +60,7 @@ def run(job: dict) -> dict:
   warm = job['warm_steps']
   return {
     'seconds': seconds[warm:], 'tokens': tokens[warm:], 'losses': losses,
-    'first_step_s': seconds[0], 'peak_bytes': _peak_bytes(),
+    'first_step_s': seconds[0], 'peak_bytes': metrics.memory_bytes(),
     'flops_per_token': flops / rows.num_tokens, 'efficiency': rows.efficiency,
     'product_rate': speed.product_rate('bfloat16'),
     'device_name': jax.devices()[0].device_kind}

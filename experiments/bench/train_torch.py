@@ -5,7 +5,6 @@ The same rows in the same order as ours where packed, so that the losses can be 
 
 import json
 import pathlib
-import resource
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ import peft
 import torch
 import transformers
 
+from data import process_memory
 from training import packing
 
 _TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
@@ -105,7 +105,7 @@ def run(job: dict) -> dict:
     tokens.append(useful)
   warm = job['warm_steps']
   peak = (torch.cuda.max_memory_allocated() if device == 'cuda'
-          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+          else process_memory.peak_bytes())
   return {'seconds': seconds[warm:], 'tokens': tokens[warm:], 'losses': losses,
           'first_step_s': seconds[0], 'peak_bytes': peak}
 

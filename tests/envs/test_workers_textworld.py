@@ -2,12 +2,12 @@
 
 import collections
 import os
-import pathlib
 import signal
 
 import pytest
 
 import envs
+from data import process_memory
 from envs import workers
 
 ENVIRONMENTS, GAMES = 64, 320
@@ -32,11 +32,9 @@ def make_pool():
 
 def megabytes(pool):
   """Resident memory of all worker processes, those that only finish their games included."""
-  pages = 0
-  for worker in pool._workers:
-    if not worker.dead:
-      pages += int(pathlib.Path(f'/proc/{worker._process.pid}/statm').read_text().split()[1])
-  return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
+  return sum(
+    process_memory.resident_bytes(worker._process.pid)
+    for worker in pool._workers if not worker.dead) / 2**20
 
 
 @pytest.mark.slow
