@@ -26,7 +26,21 @@ _CONTROLS = f'{_MAIN},sft+hints,distilled+hints,base+random,base+fixed'
 _SIZES = f'{_CONTROLS},base+hints@1,base+hints@6,base+hints@9,base+self-hints'
 # The formats are compared with one another: half of the demo's games, three epochs.
 _FORMAT = 'train_games=90,eval_games=60,epochs=3,evaluate=base,base+hints,distilled'
-_REACT = 'agent=react,max_calls=28,max_context=1152'
+_CONTEXT = 'agent=react,max_context=1152'
+_REACT = f'{_CONTEXT},max_calls=28'
+# ReAct's thoughts say which state is wanted just before they say what makes it: a decoder of four
+# layers learns to look a rule up from there, and not from a goal that stands elsewhere.
+_SMALL = (
+  f'model={{workdir}}/scratch/{from_scratch.MODEL_FOLDER},{_CONTEXT},max_new_tokens=40,'
+  'row_len=1152')
+_DECODER = (
+  f'{_REACT},max_new_tokens=40,row_len=1152,loss_on=all,episodes=12000,drills=40000')
+# Trains ten times as fast as SmolLM2 on CPUs, for the tens of trainings that the tables take; its
+# rate is that much higher, too. Where the memory shows no way its expert finds one, label by label,
+# so that what retrieval dropout teaches is what to do without a memory; that takes 16 steps.
+_EXPERIENCE = dict(
+  experience_format='summary', batch_rows=2, rank=32, alpha=64, learning_rate=5e-3, epochs=9,
+  max_env_steps=16, expert_knows='shown', dropout_memory=0.5, dropout_mismatched=0.3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +72,20 @@ class Experiment:
     return config
 
 
-def _experience(question: str, config: str) -> Experiment:
-  return Experiment(question, f'setting=houses,{config}', method='experience_retrieval')
+def _experience(question: str, **changes) -> Experiment:
+  values = ','.join(f'{key}={value}' for key, value in {**_EXPERIENCE, **changes}.items())
+  return Experiment(
+    question, f'setting=houses,{_SMALL},max_calls=44,{values}', method='experience_retrieval',
+    decoder=_DECODER)
 
 
-# One factor at a time, against experience_seed0.
-_ABLATION = 'seed=0,evaluate=lora,exprag_lora,exprag_lora+matched'
+def _ablation(question: str, policies: str = 'exprag_lora,exprag_lora+matched', **changes):
+  """One factor at a time, against experience_seed0."""
+  return _experience(question, seed=0, **changes, evaluate=policies)
+
+
+def _recipe(question: str, **changes):
+  return _ablation(question, 'lora,exprag_lora,exprag_lora+matched', **changes)
 
 
 EXPERIMENTS = {
@@ -83,32 +105,25 @@ EXPERIMENTS = {
     'ReAct', f'{_REACT},max_new_tokens=0,row_len=1024,{_FORMAT}'),
   'stateact': Experiment(
     'StateAct', 'agent=stateact,max_new_tokens=0,max_context=1664,row_len=1536,' + _FORMAT),
-  # ReAct's thoughts say which state is wanted just before they say what makes it: a decoder of four
-  # layers learns to look a rule up from there, and not from a goal that stands elsewhere.
   'small': Experiment(
     'a second size: a decoder of 1.8 million parameters, trained from random weights',
-    f'setting=demo,model={{workdir}}/scratch/{from_scratch.MODEL_FOLDER},warm_episodes=0,{_REACT},'
-    f'max_new_tokens=40,row_len=1152,sft_examples=matched,evaluate={_CONTROLS}',
-    decoder=f'{_REACT},max_new_tokens=40,row_len=1152,loss_on=all,episodes=12000,drills=40000'),
+    f'setting=demo,{_SMALL},max_calls=28,warm_episodes=0,sft_examples=matched,evaluate={_CONTROLS}',
+    decoder=_DECODER),
   'alfworld': Experiment(
     "ALFWorld's own games: 60 of valid_seen, official rules, 50 steps",
     'setting=alfworld,evaluate=' + _MAIN),
   **{f'experience_seed{seed}': _experience(
-    'experience retrieval: policies, easy and hard, by index conditions', f'seed={seed}')
+    'experience retrieval: policies, easy and hard, by index conditions', seed=seed)
     for seed in range(3)},
-  **{f'experience_k{k}': _experience(f'K = {k} experiences', f'{_ABLATION},experience_k={k}')
-     for k in (0, 1, 4)},
-  **{f'experience_{name}': _experience(
-    f'stored as {name}', f'{_ABLATION},experience_format={name}') for name in ('flat', 'summary')},
-  'experience_dynamic': _experience(
-    'retrieval at every step', f'{_ABLATION},query=dynamic'),
-  'experience_bm25': _experience('BM25 in the place of MiniLM', f'{_ABLATION},'
-                                 'experience_retrieval=bm25'),
-  'experience_full_sequence': _experience('loss on all tokens', f'{_ABLATION},loss_on=all'),
-  'experience_rank8': _experience('rank 8', f'{_ABLATION},rank=8,alpha=16'),
-  'experience_rank64': _experience('rank 64', f'{_ABLATION},rank=64,alpha=128'),
-  'experience_epoch1': _experience('one epoch', f'{_ABLATION},epochs=1'),
-  'experience_epochs9': _experience('nine epochs', f'{_ABLATION},epochs=9'),
+  **{f'experience_k{k}': _ablation(f'K = {k} experiences', experience_k=k) for k in (0, 1, 4)},
+  **{f'experience_{name}': _ablation(f'stored as {name}', experience_format=name)
+     for name in ('flat', 'chat')},
+  'experience_dynamic': _ablation('retrieval at every step', query='dynamic'),
+  'experience_bm25': _ablation('BM25 in the place of MiniLM', experience_retrieval='bm25'),
+  'experience_full_sequence': _recipe('loss on all tokens', loss_on='all'),
+  'experience_rank8': _recipe('rank 8', rank=8, alpha=16),
+  'experience_rank64': _recipe('rank 64', rank=64, alpha=128),
+  'experience_epoch1': _recipe('one epoch', epochs=1),
 }
 
 
