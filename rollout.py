@@ -107,7 +107,9 @@ def _in_workers(config: ml_collections.ConfigDict, options: dict[str, Any]) -> e
 
 
 def _option_value(text: str) -> Any:
-  """A number, a range low-high as a tuple, or else the text itself."""
+  """A number, true or false, a range low-high as a tuple, or else the text itself."""
+  if text in ('true', 'false'):
+    return text == 'true'
   for parts in ([text], text.split('-')):
     try:
       values = tuple(ast.literal_eval(part) for part in parts)

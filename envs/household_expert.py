@@ -76,6 +76,7 @@ class Expert:
     known_rules: Sequence[Rule] = (),
     *,
     error_rate: float = 0.0,
+    in_order: bool = False,
     seed: int = 0,
   ):
     """Prepares an episode.
@@ -84,11 +85,14 @@ class Expert:
       task: the task; only its instruction is read.
       known_rules: rules that it may use without having read a label.
       error_rate: probability of an error per decision, 0..1.
+      in_order: appliances are tried as the room lists them, and not in a random order. The next one
+        of a list is easier to learn than one of those that were not tried.
       seed: order of exploration and errors.
     """
     self._rng = random.Random(f'expert {seed} {task.id}')
     self._known = tuple(known_rules)
     self._error_rate = error_rate
+    self._in_order = in_order
     self._kind, self._goal = parse_goal(task.instruction)
     self._receptacles: list[str] = []
     self._seen: dict[str, set[str]] = {}
@@ -291,7 +295,8 @@ class Expert:
       yield from self._perform(rule, place)
       return
     places = [place for place in self._receptacles if place.split()[0] in APPLIANCES]
-    self._rng.shuffle(places)
+    if not self._in_order:
+      self._rng.shuffle(places)
     for place in places:
       yield from self._go(place, f'I do not know what makes it {state}. I try the {place}.')
       yield Decision(f'examine {place}', f'I read the label of the {place}.')

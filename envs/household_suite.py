@@ -133,6 +133,7 @@ class HouseholdSuite:
     num_thing_types: int = len(household_games.SKILL_THINGS),
     num_receptacles: int | Sequence[int] = (6, 30),
     precondition_rate: float = 0.0,
+    expert_in_order: bool = False,
   ):
     """Describes the tasks; nothing is generated or read before it is asked for.
 
@@ -152,6 +153,7 @@ class HouseholdSuite:
       num_thing_types: types of things in all such houses together.
       num_receptacles: receptacles of a generated official house.
       precondition_rate: share of generated rules with a precondition.
+      expert_in_order: the expert tries the appliances as the room lists them.
 
     Raises:
       UserError: an option has no meaning.
@@ -171,7 +173,10 @@ class HouseholdSuite:
     _check_count('num_thing_types', num_thing_types)
     if isinstance(precondition_rate, bool) or not isinstance(precondition_rate, (int, float)):
       raise UserError(f'precondition_rate must be a number in 0..1, not {precondition_rate!r}.')
+    if not isinstance(expert_in_order, bool):
+      raise UserError(f'expert_in_order must be true or false, not {expert_in_order!r}.')
     self._seed, self._skills, self._engine = seed, skills, engine
+    self._expert_in_order = expert_in_order
     self.own_process = engine == 'textworld'
     self._counts = {'train': num_train, 'valid_seen': num_valid, 'valid_unseen': num_valid}
     self._task_types = _type_names(task_types)
@@ -292,4 +297,5 @@ class HouseholdSuite:
   def expert(
     self, task: Task, known_rules: Sequence[Rule] = (), **options: Any
   ) -> household_expert.Expert:
-    return household_expert.Expert(task, known_rules, **options)
+    return household_expert.Expert(
+      task, known_rules, in_order=self._expert_in_order, **options)

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import re
 
 import hypothesis
 import pytest
@@ -169,6 +170,25 @@ def test_types_of_things_can_be_few_and_leave_the_rest_of_a_house_as_it_is():
   for bad in (dict(thing_types=0), dict(thing_types=99), dict(num_things=(2, 4), thing_types=3)):
     with pytest.raises(UserError, match=r'num_thing_types must|num_things can'):
       SkillOptions(**bad)
+
+
+def test_an_expert_in_order_tries_appliances_as_the_room_lists_them():
+  follows = collections.Counter()
+  for index in range(20):
+    game = skill_game('easy', 0, 'train', index)
+    task = Task(game.id, 'household', 'train', game.task_type, game.instruction, {})
+    names = re.findall(r'\ba (\w+) 1', game.game().reset())
+    listed = [name for name in names if name in household_skills.APPLIANCES]
+    for in_order in (False, True):
+      environment, expert = game.game(), Expert(task, in_order=in_order)
+      observation, won, tried = environment.reset(), False, []
+      while not won:
+        action = expert.act(observation).action
+        if action.startswith('examine'):
+          tried.append(action.split()[1])
+        observation, won = environment.step(action)
+      follows[in_order] += tried == listed[:len(tried)]
+  assert follows[True] == 20 > 10 > follows[False]
 
 
 def test_a_wrong_rule_does_not_stop_the_expert():
