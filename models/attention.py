@@ -17,7 +17,14 @@ from models import platform, splash
 from models.layers import from_bits, to_bits
 
 MASKED = -1e30
-MIN_BLOCK, MAX_BLOCKS = 128, 16
+# Queries of a block: up to 2,048 tokens as few as MIN_BLOCK, then so many that there are MAX_BLOCKS,
+# but never more than MAX_BLOCK: the scores of a block, MAX_BLOCK x T, are linear in the length.
+MIN_BLOCK, MAX_BLOCK, MAX_BLOCKS = 128, 512, 16
+
+
+def path() -> str:
+  """What `attention` takes where it is traced: 'splash', the TPU's kernel, or 'blocks'."""
+  return 'splash' if platform.name() == 'tpu' else 'blocks'
 
 
 def attention(
@@ -54,7 +61,7 @@ def attention(
     window = 0
   if segment_ids is None:
     segment_ids = jnp.zeros((batch, width), jnp.int32)
-  if platform.name() == 'tpu':
+  if path() == 'splash':
 
     def run(window):
       return splash.splash_attention(q, k, v, segment_ids, window=window).astype(jnp.float32)
@@ -216,13 +223,14 @@ def _gradient_product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _blocks(width: int) -> tuple[int, int]:
   """Queries of a block, and how many blocks there are."""
-  size = min(width, -(-width // (MIN_BLOCK * MAX_BLOCKS)) * MIN_BLOCK)
+  size = min(width, MAX_BLOCK, -(-width // (MIN_BLOCK * MAX_BLOCKS)) * MIN_BLOCK)
   return size, -(-width // size)
 
 
 def _widths(count: int) -> list[int]:
   """How many blocks of keys a block of queries may read: each is a branch of the program."""
-  return [w for w in (1, 2, 3, 4, 6, 8, 12) if w < count] + [count]
+  steps = [1] + [w for n in range(1, count.bit_length()) for w in (2**n, 3 * 2**(n - 1))]
+  return [w for w in steps if w < count] + [count]
 
 
 def _visits(segment_ids, size: int, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import attention as attention_lib
 from models import sharding
 from models.attention import attention, cached_attention, decode_attention
 from models.kv_cache import OUTSIDE
@@ -51,6 +52,34 @@ def test_value_and_gradient_equal_plain(width, packed):
     strict=True,
   ):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_rows_of_very_many_blocks_equal_plain(monkeypatch):
+  # As a row of 12,800 tokens is cut: 25 blocks, of which some read one and some read all.
+  monkeypatch.setattr(attention_lib, 'MAX_BLOCK', 4)
+  assert attention_lib._blocks(100) == (4, 25)
+  q, k, v = draw(2, 100)
+  segment_ids = jnp.asarray(np.stack([np.arange(100) // 70, np.minimum(np.arange(100) // 9, 1)]))
+  weight = jax.random.normal(jax.random.key(9), q.shape)
+  loss = lambda function: lambda *qkv: jnp.sum(weight * function(*qkv, segment_ids=segment_ids))
+  want = jax.jit(jax.value_and_grad(loss(plain), (0, 1, 2)))(q, k, v)
+  got = jax.jit(jax.value_and_grad(loss(attention), (0, 1, 2)))(q, k, v)
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_memory_of_long_rows_is_linear_in_their_length():
+  def temporaries(width):
+    """Bytes that value and gradient of a row take besides their arguments and results."""
+    shapes = [jax.ShapeDtypeStruct((1, width, n, 16), jnp.float32) for n in (2, 1, 1)]
+    loss = lambda *qkv: jnp.sum(attention(*qkv))
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  short, long = temporaries(2**14), temporaries(2**15)
+  assert long < 2.1 * short
+  assert long < 2**33 / 16  # all scores at once would take 8 GiB
 
 
 def test_nothing_leaks_between_segments():
