@@ -177,7 +177,7 @@ def fit(
   """
   import jax
 
-  from models import cost, decoder, memory, sharding
+  from models import attention, cost, decoder, memory, sharding
   from training import optimizer as optimizer_lib
   from training import packing, processes, speed
   from training import remat as remat_lib
@@ -268,7 +268,7 @@ def fit(
     f'training: {rows.num_examples} examples in {rows.num_rows} rows of {row_len} '
     f'({rows.efficiency:.0%} full), {batches.num_tokens} tokens, {batches.num_loss_tokens} with a '
     f'loss; steps {start} to {batches.num_steps} on {mesh.size} of {jax.device_count()} devices, '
-    f'about {predicted_s / 60:.1f} min'
+    f'attention={attention.path()}, about {predicted_s / 60:.1f} min'
   )
 
   # The loop. It runs ahead of the devices: nothing in it waits for a step but a record of the one
@@ -331,6 +331,7 @@ def fit(
     'row_len': row_len,
     'mesh': dict(mesh.shape),
     'remat': remat,
+    'attention': attention.path(),
     'packing_efficiency': rows.efficiency,
     'resumed_at': start,
     'tokens_per_s': metrics.tokens / loop_s if metrics.tokens else None,

@@ -140,7 +140,9 @@ def test_a_whole_run(rooms, finished):
   assert [line['step'] for line in lines] == list(range(1, record['steps'] + 1))
   assert lines[-1]['loss'] < lines[0]['loss'] - 0.5
   assert 'not_successful 1' in result.stderr
-  assert re.search(r'^training: 13 examples .* min$', result.stderr, re.MULTILINE)
+  assert re.search(
+    r'^training: 13 examples .*, attention=blocks, .* min$', result.stderr, re.MULTILINE)
+  assert result.stderr.count('attention=') == 1 and record['attention'] == 'blocks'
   assert 'adapter in' in result.stdout
 
   config = registry.shrink(registry.get_config('smollm2_135m'), vocab_size=_vocab(rooms))
