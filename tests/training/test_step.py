@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import decoder, registry, sharding
+from models import attention as attention_lib
+from models import decoder, registry, sharding, splash
 from models.lora import LoraConfig
 from training import optimizer as optimizer_lib
 from training import packing
@@ -60,7 +61,22 @@ def gradient(model, rows):
   return float(value), decoder.to_params(grads)
 
 
-def test_packed_equals_unpacked(model):
+def take_path(path, monkeypatch):
+  """The forward pass attends as on a TPU (interpreted), or in several blocks a row."""
+  if path == 'blocks':
+    monkeypatch.setattr(attention_lib, 'MIN_BLOCK', 8)
+    return
+
+  def as_on_a_tpu(q, k, v, *, segment_ids, window, is_local):
+    assert is_local is None
+    return splash.splash_attention(
+      q * q.shape[-1]**-0.5, k, v, segment_ids, window=window, interpret=True)
+
+  monkeypatch.setattr(decoder, 'attention', as_on_a_tpu)
+
+
+def packed_and_unpacked():
+  """The same examples, several in a row and one in a row."""
   examples = make_examples()
   packed = packing.pack(examples, 28)
   alone = [packing.pack([e], 28) for e in examples]
@@ -68,12 +84,39 @@ def test_packed_equals_unpacked(model):
   arrays = [np.concatenate([getattr(rows, name) for rows in alone]) for name in fields]
   unpacked = packing.Rows(*arrays, len(examples), ())
   assert packed.segment_ids.max() >= 2 and unpacked.segment_ids.max() == 1
-  loss, grads = gradient(model, packed)
-  want_loss, want_grads = gradient(model, unpacked)
+  return packed, unpacked
+
+
+PATHS = ['blocks', pytest.param('splash', marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize('path', PATHS)
+def test_packed_equals_unpacked(model, monkeypatch, path):
+  take_path(path, monkeypatch)
+  (loss, grads), (want_loss, want_grads) = (
+    gradient(model, rows) for rows in packed_and_unpacked())
   np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
   for name, grad in grads.items():
     want = np.asarray(want_grads[name])
     np.testing.assert_allclose(grad, want, atol=1e-5 * np.abs(want).max(), err_msg=name)
+
+
+@pytest.mark.parametrize('path', PATHS)
+def test_a_leak_between_examples_would_be_seen(model, monkeypatch, path):
+  take_path(path, monkeypatch)
+  attend = decoder.attention
+
+  def leaky(*qkv, segment_ids, **options):
+    # The second and later examples of a row see what came before them there.
+    return attend(*qkv, segment_ids=jnp.minimum(segment_ids, 1), **options)
+
+  monkeypatch.setattr(decoder, 'attention', leaky)
+  packed, unpacked = (
+    step_lib.batch_loss(
+      model.graphdef, model.lora, model.frozen,
+      jax.tree.map(lambda x: x[0], packing.Batches(rows, batch_rows=rows.num_rows)[0]))[0]
+    for rows in packed_and_unpacked())
+  assert abs(packed - unpacked) > 1e-3 * unpacked  # a hundred times what the test above allows
 
 
 def test_loss_equals_dense_logits(model):
@@ -127,15 +170,18 @@ def test_accumulation_and_mesh_change_nothing(model):
   assert_equal_steps(one_step(model, (2, 1, 2, 2)), want)
 
 
+# All that eight devices can fill; of all four axes at once there would be sixteen.
 MIXES = [sizes for sizes in itertools.product((1, 2), (1, 2), (1, 2, 4), (1, 2))
-         if math.prod(sizes) > 1 and math.prod(sizes[:3]) <= 4]
+         if 1 < math.prod(sizes) <= 8]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('sizes', MIXES, ids=str)
 def test_every_mix_of_axes_changes_nothing(model, sizes):
   remat = decoder.REMAT[MIXES.index(sizes) % 3]
-  assert_equal_steps(one_step(model, sizes, remat=remat), one_step(model, (1, 1, 1, 1)))
+  rows = max(4, math.prod(sizes[:3]))
+  want = one_step(model, (1, 1, 1, 1), batch_rows=rows)
+  assert_equal_steps(one_step(model, sizes, batch_rows=rows, remat=remat), want)
 
 
 def test_dropout_depends_on_seed_and_step(model):
