@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import hlo, sharding
 from training import losses
 
 SHARDS, TOKENS, WIDTH, VOCAB = 2, 11, 16, 37
@@ -120,3 +121,31 @@ def test_never_holds_logits_of_all_tokens():
   )[0]
   memory = jax.jit(jax.value_and_grad(loss)).lower(hidden).compile().memory_analysis()
   assert memory.temp_size_in_bytes < tokens * vocab * 4 / 8
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_a_vocabulary_in_shards_is_neither_gathered_nor_are_its_logits(smoothing):
+  mesh = sharding.make_mesh(2, 1, 4)
+  vocab = 4096
+  keys = jax.random.split(jax.random.key(0), 3)
+  place = lambda axes, x: jax.device_put(
+    x, jax.sharding.NamedSharding(mesh, sharding.spec(axes, x.shape, mesh)))
+  hidden = place(('batch', None, None), jax.random.normal(keys[0], (2, 64, WIDTH)))
+  kernel = place(('vocab', 'embed'), jax.random.normal(keys[1], (vocab, WIDTH)))
+  targets = place(('batch', None), jax.random.randint(keys[2], (2, 64), 0, vocab))
+  weights = place(('batch', None), jnp.ones((2, 64)))
+  assert kernel.sharding.shard_shape(kernel.shape) == (vocab // 4, WIDTH)
+  loss = lambda h, k: losses.frozen_head_cross_entropy(
+    h, k, targets, weights, label_smoothing=smoothing, token_chunk=32,
+    vocab_tile=losses.default_vocab_tile(vocab, mesh.size))[0]
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(hidden, kernel).compile()
+  sent = sum(t.sent for t in hlo.collectives(compiled.as_text(), mesh.size))
+  # Sums of a few numbers and of a head row a token; a device's part of the head alone is 64 kB.
+  assert 0 < sent < 32_000 < kernel.nbytes / 4 < hidden[..., 0].size * vocab * 4
+  value, grad = compiled(hidden, kernel)
+  logprobs = jax.nn.log_softmax(np.asarray(hidden) @ np.asarray(kernel).T)
+  picked = jnp.take_along_axis(logprobs, np.asarray(targets)[..., None], -1)
+  wanted = -((1 - smoothing) * picked.sum() + smoothing * logprobs.mean(-1).sum())
+  np.testing.assert_allclose(value, wanted, rtol=1e-5)
+  assert np.isfinite(grad).all()
