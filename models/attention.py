@@ -17,8 +17,8 @@ from models import platform, splash
 from models.layers import from_bits, to_bits
 
 MASKED = -1e30
-# Queries of a block: up to 2,048 tokens as few as MIN_BLOCK, then so many that there are MAX_BLOCKS,
-# but never more than MAX_BLOCK: the scores of a block, MAX_BLOCK x T, are linear in the length.
+# Queries of a block: as few as MIN_BLOCK up to 2,048 tokens, then so many that there are MAX_BLOCKS
+# blocks, but no more than MAX_BLOCK: their scores, MAX_BLOCK x T, are linear in the length.
 MIN_BLOCK, MAX_BLOCK, MAX_BLOCKS = 128, 512, 16
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import shutil
 import subprocess
 import sys
 
@@ -165,6 +166,19 @@ def test_what_is_read_at_run_time_is_data():
   wanted = {path for path in listed.stdout.split() if not path.endswith(('.py', '.md'))}
   data = {path for target in build_file.targets('py_library') for path in target.get('data', ())}
   assert wanted and wanted <= data, wanted - data
+
+
+@needs_build
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('bazel'), reason='no bazel is installed')
+def test_bazel_loads_every_target(tmp_path):
+  done = subprocess.run(
+    ['bazel', '--batch', f'--output_user_root={tmp_path}', 'query', 'kind(rule, //...)',
+     '--output=label_kind'], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  kinds = ('py_library', 'py_binary', 'py_test')
+  assert sorted(done.stdout.splitlines()) == sorted(
+    f'{kind} rule //:{target["name"]}' for kind in kinds for target in build_file.targets(kind))
 
 
 # A small repository: every kind of mistake is found in it.
