@@ -142,6 +142,9 @@ def run(name: str, workdir: pathlib.Path, machine: str) -> None:
   print(f'== {name}: {experiment.question}', flush=True)
   if experiment.decoder:
     from_scratch.run(scratch_config.get_config(experiment.decoder), workdir / 'scratch')
+    print(results_table.file_run(
+      workdir / 'scratch', name, machine=machine, method='from_scratch',
+      command=f'python -m experiments.evidence --run={name}'))
   if experiment.method == 'experience_retrieval':
     experience_retrieval.Experiment(config, workdir / name).run()
   else:

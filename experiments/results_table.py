@@ -42,8 +42,17 @@ def load(name: str, method: str = 'hint_distillation') -> dict[str, Any] | None:
   return json.loads(path.read_text()) if path.is_file() else None
 
 
-def file_run(workdir: pathlib.Path, name: str, *, command: str, machine: str) -> pathlib.Path:
+def file_run(
+  workdir: pathlib.Path, name: str, *, command: str, machine: str, method: str = 'hint_distillation'
+) -> pathlib.Path:
   """Copies a finished run's summary to the results, with what measured it; returns the file.
+
+  Args:
+    workdir: the run's folder.
+    name: of the result.
+    command: that made it.
+    machine: what it ran on.
+    method: where the summary does not say it as `experiment`.
 
   Raises:
     errors.UserError: the run is not finished.
@@ -60,7 +69,7 @@ def file_run(workdir: pathlib.Path, name: str, *, command: str, machine: str) ->
     'command': command, 'machine': machine,
     'date': datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()}
   RESULTS.mkdir(exist_ok=True)
-  path = path_of(name, record.get('experiment', 'hint_distillation'))
+  path = path_of(name, record.get('experiment', method))
   workdir_lib.write_json(path, record)
   return path
 
@@ -109,6 +118,16 @@ def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
     f'{joined([m["machine"] for m in measured])}; {joined([m["date"] for m in measured])}; '
     f'{joined([f"{m:.0f}" for m in minutes])} minutes; '
     f'{joined(["`" + m["command"] + "`" for m in measured])}.')
+
+
+def decoder_line(record: Mapping[str, Any]) -> str:
+  """What a decoder was trained on from random weights, and how well it reads."""
+  told, untold = (100 * record['held_out'][key]['rule'] for key in ('told', 'untold'))
+  return (
+    f'{record["parameters"]:,} parameters, trained on {record["tokens"]:,} tokens of '
+    f'{record["episodes"]:,} expert episodes and {record["drills"]:,} drills in '
+    f'{record["wall_s"] / 60:.0f} minutes. In held-out episodes it names the right verb and '
+    f'appliance in {told:.0f} % where a hint tells them, and in {untold:.0f} % where a label does.')
 
 
 def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
@@ -249,7 +268,8 @@ def evidence() -> str:
   for name, title in titles.items():
     record = load(name)
     if record:
-      section(title, single(record))
+      own = load(name, 'from_scratch')
+      section(title, (f'{decoder_line(own)}\n\n' if own else '') + single(record))
   seeds = [record for name in _SEEDS if (record := load(name, _EXPERIENCE))]
   if seeds:
     section('Experience retrieval', experience_tables(seeds))

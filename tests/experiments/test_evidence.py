@@ -78,8 +78,9 @@ def test_a_finished_experiment_is_filed_and_what_it_needs_is_named(tmp_path, mon
 
 
 def test_a_decoder_of_its_own_is_trained_first_and_learns_as_the_loop_plays(tmp_path, monkeypatch):
-  experiment, done = evidence.EXPERIMENTS['small'], []
-  monkeypatch.setattr(results_table, 'file_run', lambda *args, **kwargs: 'filed')
+  experiment, done, filed = evidence.EXPERIMENTS['small'], [], []
+  monkeypatch.setattr(results_table, 'file_run', lambda folder, name, **options: filed.append(
+    (folder.name, name, options.get('method'))))
   monkeypatch.setattr(from_scratch, 'run', lambda *args: done.append(args))
   loop = type('Loop', (), {
     '__init__': lambda self, config, _: done.append(config), 'run': lambda self: None})
@@ -87,6 +88,7 @@ def test_a_decoder_of_its_own_is_trained_first_and_learns_as_the_loop_plays(tmp_
   evidence.run('small', tmp_path, 'a machine')
   (lessons, folder), config = done
   assert lessons == scratch_config.get_config(experiment.decoder)
+  assert filed == [('scratch', 'small', 'from_scratch'), ('small', 'small', None)]
   assert config.model == str(folder / from_scratch.MODEL_FOLDER) and not config.warm_episodes
   assert {key: config[key] for key in scratch_config._OF_THE_LOOP} == {
     key: lessons[key] for key in scratch_config._OF_THE_LOOP}
