@@ -70,8 +70,8 @@ def choose_mesh(text: str, batch_rows: int, row_len: int, architecture, lora=Non
     lora: its adapter's shape; None where there is none.
 
   Raises:
-    UserError: no sizes, not as many devices, rows that do not divide, or a process of several that
-      would have nothing to do.
+    UserError: no sizes, not as many devices, rows or heads that do not divide, or a process of
+      several that would have nothing to do.
   """
   import jax
 
@@ -101,6 +101,11 @@ def choose_mesh(text: str, batch_rows: int, row_len: int, architecture, lora=Non
     raise errors.UserError(
       f'batch_rows={batch_rows} does not divide into the {shards} slice, data and fsdp '
       'shards of the mesh.'
+    )
+  if architecture.num_kv_heads % mesh.shape['tensor']:
+    raise errors.UserError(
+      f'tensor={mesh.shape["tensor"]} of the mesh does not divide the {architecture.num_kv_heads} '
+      f'key-value heads of {architecture.name}.'
     )
   if jax.process_count() > 1 and mesh.size != jax.device_count():
     raise errors.UserError(

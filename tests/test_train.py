@@ -415,6 +415,7 @@ def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
     ({'batch_rows': 0}, 'positive'),
     ({'mesh': '3,1'}, 'mesh'),
     ({'mesh': '4,1,1'}, 'batch_rows=2'),
+    ({'mesh': '1,1,4'}, 'tensor=4 of the mesh does not divide the 2 key-value heads'),
     ({'mesh': '3,1,1,1'}, 'slice=3'),
     ({'mesh': '64,1,1'}, '64'),
     ({'loss_on': 'thoughts'}, 'loss_on'),
