@@ -9,14 +9,24 @@ next token stays the same. loss: of the episodes' tokens.
 """
 
 import dataclasses
+import datetime
 import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
 from typing import Any
 
 from absl import flags
 
 from configs import cli
-from data import errors
+from data import errors, summary
+from data import workdir as workdir_lib
 
+PATH = pathlib.Path(__file__).parents[1] / 'results' / 'quantization.json'
+# Compiling a variant, and quantising the kernels, on 2 CPU cores.
+_MINUTES_EACH = 0.2
 VARIANTS = (
   ('bfloat16', 'none'), ('bfloat16', 'int8'), ('bfloat16', 'int4'), ('bfloat16', 'nf4'),
   ('float32', 'int8'), ('float32', 'int4'), ('float32', 'nf4'))  # fmt: skip
@@ -44,8 +54,8 @@ def measure(model: str, base: str = '', *, episodes: int = 8, row_len: int = 512
 
   from agents import policy
   from experiments.bench import train as bench_train
-  from models import decoder, quantise
-  from training import packing
+  from models import decoder, quantise, registry
+  from training import packing, speed
 
   loaded = policy.load_base(model, base)
   examples = [
@@ -57,6 +67,11 @@ def measure(model: str, base: str = '', *, episodes: int = 8, row_len: int = 512
     tuple(jnp.asarray(getattr(rows, key)[i : i + 1])
           for key in ('tokens', 'positions', 'segment_ids'))
     for i in range(rows.num_rows)]
+
+  flops = 2 * registry.count_params(loaded.config) * rows.num_rows * row_len * (len(VARIANTS) + 2)
+  minutes = flops / (speed.product_rate('float32') * speed.STEP_EFFICIENCY) / 60
+  print(f'{rows.num_rows} rows of {row_len} tokens, {len(VARIANTS) + 1} variants: about '
+        f'{minutes + _MINUTES_EACH * len(VARIANTS):.0f} minutes', file=sys.stderr, flush=True)
 
   @jax.jit
   def compare(logits, reference, tokens, segments):
@@ -120,9 +135,37 @@ def table(record: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
+def section(record: dict[str, Any]) -> str:
+  """The record as Markdown."""
+  measured = record['measured']
+  lines = [
+    f'{record["model"]}, {record["tokens"]:,} tokens of household episodes, against the same '
+    'weights with float32 products. Kernels and logits: relative root mean square; KL (nats) and '
+    'the share of equal likeliest tokens: means over tokens.', '',
+    '| products | base | MB | kernels | logits | KL | same token % | loss |',
+    '|---|---|---|---|---|---|---|---|']
+  lines += [
+    f'| {r["dtype"]} | {r["base_quantization"]} | {r["frozen_bytes"] / 1e6:.0f} | '
+    f'{r["kernels"]:.4f} | {r["logits"]:.4f} | {r["kl"]:.5f} | {100 * r["top1"]:.1f} | '
+    f'{r["loss"]:.3f} |' for r in record['rows']]
+  return '\n'.join(
+    [*lines, '', f'{measured["machine"]}; {measured["date"]}; `{measured["command"]}`.'])
+
+
+def load() -> dict[str, Any] | None:
+  """The committed record; None where there is none."""
+  return json.loads(PATH.read_text()) if PATH.is_file() else None
+
+
 def main(_) -> None:
   f = flags.FLAGS
   record = measure(f.model, f.base, episodes=f.episodes, row_len=f.row_len)
+  record['measured'] = {
+    'command': shlex.join(['python', '-m', 'experiments.bench.quantization', *sys.argv[1:]]),
+    'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+    'date': datetime.date.today().isoformat(),
+    'versions': summary.versions(('jax', 'jaxlib', 'flax'))}
+  workdir_lib.write_json(pathlib.Path(f.out), record)
   print(json.dumps(record, indent=2) if f.json else table(record))
 
 
@@ -131,5 +174,6 @@ if __name__ == '__main__':
   flags.DEFINE_string('base', '', 'Its weights, a Hugging Face folder or a .gguf file.')
   flags.DEFINE_integer('episodes', 8, 'Expert episodes on which the errors are taken.')
   flags.DEFINE_integer('row_len', 512, 'Tokens of a row; longer episodes are left out.')
+  flags.DEFINE_string('out', str(PATH), 'JSON file to write.')
   flags.DEFINE_bool('json', False, 'Print JSON instead of a table.')
   cli.run(main, required=())

@@ -5,6 +5,16 @@ import pytest
 from experiments.bench import quantization
 
 
+def test_the_section_has_a_row_for_every_variant():
+  row = {'frozen_bytes': 2e8, 'kernels': 0.01, 'logits': 0.02, 'kl': 0.003, 'top1': 0.99, 'loss': 2}
+  record = {
+    'model': 'm', 'tokens': 1234, 'measured': {'machine': 'x', 'date': 'd', 'command': 'c'},
+    'rows': [{'dtype': a, 'base_quantization': b, **row} for a, b in quantization.VARIANTS]}
+  text = quantization.section(record)
+  assert '| bfloat16 | nf4 | 200 | 0.0100 | 0.0200 | 0.00300 | 99.0 | 2.000 |' in text
+  assert text.count('\n| ') == len(quantization.VARIANTS) + 1 and '1,234 tokens' in text
+
+
 @pytest.mark.slow
 def test_more_bits_cost_less(smollm2_path):
   del smollm2_path
