@@ -9,12 +9,8 @@ next token stays the same. loss: of the episodes' tokens.
 """
 
 import dataclasses
-import datetime
 import json
-import os
 import pathlib
-import platform
-import shlex
 import sys
 from typing import Any
 
@@ -160,11 +156,8 @@ def load() -> dict[str, Any] | None:
 def main(_) -> None:
   f = flags.FLAGS
   record = measure(f.model, f.base, episodes=f.episodes, row_len=f.row_len)
-  record['measured'] = {
-    'command': shlex.join(['python', '-m', 'experiments.bench.quantization', *sys.argv[1:]]),
-    'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-    'date': datetime.date.today().isoformat(),
-    'versions': summary.versions(('jax', 'jaxlib', 'flax'))}
+  record['measured'] = summary.measured(
+    'experiments.bench.quantization', ('jax', 'jaxlib', 'flax'))
   workdir_lib.write_json(pathlib.Path(f.out), record)
   print(json.dumps(record, indent=2) if f.json else table(record))
 
