@@ -142,9 +142,10 @@ def run(name: str, workdir: pathlib.Path, machine: str) -> None:
   print(f'== {name}: {experiment.question}', flush=True)
   if experiment.decoder:
     from_scratch.run(scratch_config.get_config(experiment.decoder), workdir / 'scratch')
+    # The same one for every experiment that has one.
     print(results_table.file_run(
-      workdir / 'scratch', name, machine=machine, method='from_scratch',
-      command=f'python -m experiments.evidence --run={name}'))
+      workdir / 'scratch', 'small', machine=machine, method='from_scratch',
+      command='python -m experiments.evidence --run=small'))
   if experiment.method == 'experience_retrieval':
     experience_retrieval.Experiment(config, workdir / name).run()
   else:
