@@ -46,6 +46,7 @@ from training import dataset, packing
 # Of the tokenizer's own episodes: enough for every word of the game and for a thousand invented.
 _TOKENIZER_EPISODES = 600
 _DRILL_RULES = (1, 4)  # in one drill, from and to; one alone is the first step of looking it up
+_SAMPLED_LESSONS = 40  # of which the cost is predicted
 _HELD_OUT_EPISODES = 100  # with, and as many without a hint
 
 # Also the model's name in the record of what it plays.
@@ -274,6 +275,26 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
   return {'replies': float(np.mean(right)), 'rule': float(np.mean(rule or [0.0]))}
 
 
+def predict(config, lessons: Lessons, tokenizer: Tokenizer, architecture) -> dict[str, float]:
+  """What the run will cost on this machine, from a few lessons.
+
+  Returns:
+    'tokens': trained ones; 'minutes': of the training, the lessons' own not counted.
+  """
+  from models import cost
+  from training import speed
+
+  own = [len(e.tokens) for e in lessons.play(
+    tokenizer, 'train', min(_SAMPLED_LESSONS, config.episodes))]
+  drills = [len(drill(tokenizer, config.seed, index, config.agent).tokens)
+            for index in range(min(_SAMPLED_LESSONS, config.drills))]
+  tokens = config.epochs * (
+    config.episodes * np.mean(own) + config.drills * np.mean(drills or [0]))
+  flops = cost.train_flops(architecture, None, tokens, tokens, np.mean(own) / 2)
+  seconds = speed.predict_seconds(flops, speed.product_rate(config.dtype))
+  return {'tokens': float(tokens), 'minutes': seconds / 60}
+
+
 def check(config) -> None:
   """What can be known to be wrong before anything is played.
 
@@ -315,6 +336,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   lessons = Lessons(config)
   tokenizer = make_tokenizer(lessons, config.vocab_size, workdir / 'tokenizer')
   architecture = make_config(config, tokenizer.vocab_size)
+  predicted = predict(config, lessons, tokenizer, architecture)
+  print(f'{config.episodes} lessons and {config.drills} drills: {predicted["tokens"]:,.0f} tokens, '
+        f'at least {predicted["minutes"]:.0f} min of training', flush=True)
   # Played anew by a run that goes on: that is faster than to keep and read them.
   examples = []
   rules = dataset.Rules(drop_memory=False, loss_on=config.loss_on)
@@ -360,6 +384,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     'drills': config.drills,
     'too_long': len(rows.too_long),
     'held_out': held_out,
+    'predicted': predicted,
     'wall_s': time.perf_counter() - started,
     'versions': summary.versions(),
   }

@@ -57,6 +57,9 @@ def test_a_run_makes_a_folder_and_is_finished_then(finished, capsys):
   assert record['steps'] == json.loads(
     (workdir / 'metrics.jsonl').read_text().splitlines()[-1])['step']
   assert record['too_long'] == 0 and record['tokens'] > 24 * 200
+  # All 24 lessons and 10 drills are in the sample of the prediction.
+  assert record['predicted']['tokens'] == pytest.approx(record['tokens'])
+  assert record['predicted']['minutes'] > 0
   for accuracy in record['held_out'].values():
     assert 0 <= accuracy['rule'] <= 1 and 0 <= accuracy['replies'] <= 1
   assert from_scratch.run(config_lib.get_config(TINY), workdir) == record
