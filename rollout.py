@@ -25,7 +25,7 @@ import envs
 from agents import episode as episode_lib
 from agents import experience_memory, expert_episodes, formats, runner, shares
 from agents import memory as memory_lib
-from configs import cli
+from configs import cli, common
 from configs import rollout as config_lib
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
@@ -183,13 +183,9 @@ def run(
   if config.grow and share.count > 1:
     raise errors.UserError(
       'With grow the order of the episodes counts; play them in one process (num_processes=1).')
-  if min(config.slots, config.slot_groups, config.decode_steps) < 1:
-    raise errors.UserError('slots, slot_groups and decode_steps must be at least 1.')
-  if config.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
-    raise errors.UserError(
-      f'cache_dtype={config.cache_dtype} is not float32, bfloat16 or int8; leave it out for dtype.')
-  if config.lookup < 0:
-    raise errors.UserError(f'lookup={config.lookup} is negative; 0 decodes token by token.')
+  common.check_engine(config)
+  if config.slot_groups < 1:
+    raise errors.UserError('slot_groups must be at least 1.')
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
   tasks = choose_tasks(suite, config.split, config.episodes, config.skip)
@@ -252,17 +248,16 @@ def run(
     runner.check_first_prompt(
       config.max_context, tokenizer, suite, tasks, spec, labels, memories=memories,
       examples=examples)
-    from inference import Engine, LookupConfig, SamplingConfig
+    from inference import Engine, SamplingConfig
     mesh, slots = choose_mesh(config.mesh, base.config, config.slots), config.slots
     if mesh is None:
       slots = min(slots, -(-len(tasks) // share.count))
     engine = Engine(
       base.model(config.adapter, mesh=mesh), num_slots=slots + -slots % config.slot_groups,
       max_len=config.max_context, stop_ids=tokenizer.stop_ids,
-      sampling=SamplingConfig(temperature=config.temperature), decode_steps=config.decode_steps,
-      cache_dtype=config.cache_dtype or config.dtype, mesh=mesh, seed=config.seed,
+      sampling=SamplingConfig(temperature=config.temperature), mesh=mesh,
       share_prefixes=config.share_prefixes, groups=config.slot_groups,
-      lookup=LookupConfig(draft_len=config.lookup) if config.lookup else None)
+      **policy_lib.engine_options(config))
   # Last of all that bad input can stop: from here on the folder refuses every other config.
   with shares.locked(workdir) if share.count > 1 else contextlib.nullcontext():
     workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)

@@ -14,7 +14,7 @@ import threading
 import ml_collections
 from absl import flags
 
-from configs import cli
+from configs import cli, common
 from configs import serve as config_lib
 from data import errors
 
@@ -39,8 +39,9 @@ def read_adapters(text: str, base_name: str) -> dict[str, str]:
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises errors.UserError for what can be wrong, before anything is loaded."""
-  for key in ('slots', 'queue', 'max_context', 'max_new_tokens', 'max_request_bytes',
-              'max_connections', 'engines', 'decode_steps', 'piece'):
+  common.check_engine(config)
+  for key in ('queue', 'max_context', 'max_new_tokens', 'max_request_bytes', 'max_connections',
+              'engines', 'piece'):
     if config[key] < 1:
       raise errors.UserError(f'{key} must be at least 1.')
   if not 0 <= config.port < 2**16:
@@ -100,7 +101,7 @@ def make_server(config: ml_collections.ConfigDict, base=None):
       prepared[name], num_slots=config.slots, max_len=config.max_context,
       stop_ids=base.tokenizer.stop_ids,
       sampling=SamplingConfig(temperature=sampling.temperature, top_p=sampling.top_p),
-      decode_steps=config.decode_steps, cache_dtype=config.dtype, seed=config.seed)
+      **policy.engine_options(config))
 
   scheduler = chat.Scheduler(
     base.tokenizer, make_engine, list(adapters), max_context=config.max_context,

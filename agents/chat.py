@@ -2,8 +2,8 @@
 
 One thread steps the engines; requests that come at the same time share their dispatches. A slot
 keeps the keys and values of the conversation that it played last, and a request whose messages
-extend it computes its new tokens only. A reply is sampled in pieces, after each of which its text
-can be sent on, searched for stop strings, and given up.
+extend it computes its new tokens only. A reply that is streamed, or has stop strings, is sampled in
+pieces, after each of which its text can be sent on, searched for stop strings, and given up.
 """
 
 import collections
@@ -235,7 +235,8 @@ class Scheduler:
       max_context: tokens of a slot of these engines.
       max_waiting: requests that may wait for a slot.
       max_engines: engines that are kept; of more, the one that was idle longest is given up.
-      piece: tokens after which text is sent on and stop strings are looked for.
+      piece: most tokens before text is sent on and stop strings are looked for; a stream begins
+        with fewer.
     """
     self.models, self.max_context = tuple(models), max_context
     self._tokenizer, self._make_engine = tokenizer, make_engine
@@ -350,15 +351,22 @@ class Scheduler:
     if request.seed is not None and request.sampling.temperature:
       keep = 0
     table.engine.submit(
-      index, ids[keep:], self._piece_of(request, request.max_new_tokens), reset=not keep,
-      keep=keep or None, seed=request.seed)
+      index, ids[keep:], self._piece_of(request, 0), reset=not keep, keep=keep or None,
+      seed=request.seed)
     seat.ids, seat.used, seat.request = ids, next(self._clock), request
     seat.prompt_tokens, seat.cached_tokens, seat.sampled = len(ids), keep, []
     seat.detokenizer = Detokenizer(self._tokenizer, request.stop)
 
-  def _piece_of(self, request: Request, left: int) -> int:
-    """Tokens to sample next, of those that are left."""
-    return min(self._piece, left) if request.streams or request.stop else left
+  def _piece_of(self, request: Request, sampled: int) -> int:
+    """Tokens to sample next, after those that were.
+
+    A stream's first token comes with the prefill, without waiting for a step of decoding. Its next
+    pieces grow fourfold: each costs a further prefill of one token, and nobody reads so fast.
+    """
+    left = request.max_new_tokens - sampled
+    if request.streams:
+      return min(max(1, 3 * sampled), self._piece, left)
+    return min(self._piece, left) if request.stop else left
 
   def _take(self, table: _Table, completion) -> None:
     """Sends on what a slot has sampled, and ends the reply or goes on with it."""
@@ -372,7 +380,7 @@ class Scheduler:
     if text:
       request.events.put(('text', text))
     if not (ended or seat.detokenizer.stopped or request.cancelled) and left:
-      table.engine.submit(completion.slot, [], self._piece_of(request, left))
+      table.engine.submit(completion.slot, [], self._piece_of(request, len(seat.sampled)))
       return
     if ended and not seat.detokenizer.stopped:
       # What a client sends back as this reply's text is found again, token for token.

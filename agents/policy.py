@@ -13,6 +13,7 @@ import numpy as np
 
 from data import errors
 from data.tokenizer import Tokenizer
+from inference.lookup import LookupConfig
 from models import decoder, pretrained, registry, stored, weights
 from models.lora import LoraConfig
 
@@ -134,6 +135,19 @@ def load_base(
   read = Tokenizer.load(tokenizer or path)
   _check_vocabulary(config, read)
   return Base(model if named else config.name, config, read, params, seed)
+
+
+def engine_options(config: Any) -> dict[str, Any]:
+  """Arguments of `inference.Engine` that the keys of a config name, in rollout.py as in serve.py.
+
+  Args:
+    config: with the keys that `configs.common.check_engine` checks, `dtype` and `seed`.
+  """
+  return {
+    'decode_steps': config.decode_steps,
+    'cache_dtype': config.cache_dtype or config.dtype,
+    'lookup': LookupConfig(draft_len=config.lookup) if config.lookup else None,
+    'seed': config.seed}
 
 
 def load_tokenizer(model: str, base: str = '', tokenizer: str = '') -> Tokenizer:

@@ -105,6 +105,22 @@ def with_values(
   return config
 
 
+def check_engine(config: ml_collections.ConfigDict) -> None:
+  """What can be wrong about the keys of an engine, said before anything is loaded.
+
+  Raises:
+    errors.UserError: one of them has a value that it cannot have.
+  """
+  for key in ('slots', 'decode_steps'):
+    if config[key] < 1:
+      raise errors.UserError(f'{key} must be at least 1.')
+  if config.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
+    raise errors.UserError(
+      f'cache_dtype={config.cache_dtype} is not float32, bfloat16 or int8; leave it out for dtype.')
+  if config.lookup < 0:
+    raise errors.UserError(f'lookup={config.lookup} is negative; 0 decodes token by token.')
+
+
 def make_config(arg: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:
   """Returns a locked, type-safe ConfigDict of `parse_arg(arg, defaults)`."""
   config = ml_collections.ConfigDict(parse_arg(arg, defaults))

@@ -38,7 +38,9 @@ DEFAULTS = dict(
   seed=0,  # of the draws
   # Speed.
   decode_steps=8,
-  piece=16,  # tokens after which streamed text is sent on, and stop strings are looked for
+  cache_dtype='',  # of keys and values: float32, bfloat16, int8; '' is dtype
+  lookup=0,  # most tokens of a draft that is copied from the context and verified in one step
+  piece=16,  # most tokens before streamed text is sent on, and stop strings are looked for
 )
 
 HELP_KEYS = (

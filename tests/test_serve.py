@@ -210,7 +210,9 @@ def test_a_client_that_goes_away_leaves_the_server_working(server, client):
   ({'adapters': 'a:nowhere'}, 'nowhere is no PEFT adapter folder'),
   ({'host': 'localhost'}, 'host=localhost is no IPv4 address'),
   ({'max_new_tokens': 256}, 'leaves no room'),
-  ({'slots': 0}, 'slots must be at least 1')])
+  ({'slots': 0}, 'slots must be at least 1'),
+  ({'lookup': -1}, 'lookup=-1 is negative'),
+  ({'cache_dtype': 'int4'}, 'cache_dtype=int4 is not float32, bfloat16 or int8')])
 def test_a_wrong_config_is_one_sentence(values, says):
   with pytest.raises(errors.UserError, match=says):
     serve.make_server(make_config(**values))
@@ -220,6 +222,7 @@ def test_a_wrong_config_is_one_sentence(values, says):
 def test_the_program_serves_until_it_is_told_to_stop(tmp_path):
   folder = fakes.tokenizer_folder(tmp_path / 'tokenizer')
   arg = f'base=random,shrink=true,tokenizer={folder},port=0,max_context=256,max_new_tokens=8'
+  arg += ',lookup=2,cache_dtype=int8'
   with subprocess.Popen(
     [sys.executable, 'serve.py', f'--config=configs/serve.py:{arg}'], cwd=ROOT, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'XLA_FLAGS': ''},

@@ -180,24 +180,44 @@ def test_a_full_queue_a_broken_engine_and_the_end_are_told(tokenizer):
 
 
 class OneToken:
-  """An engine that answers every turn with one token."""
+  """An engine that answers every turn with one token, or with all that were asked for.
+
+  Attributes:
+    budgets: tokens that the turns asked for.
+  """
 
   num_slots = 2
 
-  def __init__(self):
-    self.asked = {}
+  def __init__(self, obliging=False):
+    self.asked, self.budgets, self.obliging = {}, [], obliging
 
   @property
   def busy(self):
     return len(self.asked)
 
   def submit(self, slot, tokens, max_new_tokens, **_):
-    self.asked[slot] = len(tokens)
+    self.asked[slot] = len(tokens), max_new_tokens if self.obliging else 1
+    self.budgets.append(max_new_tokens)
 
   def step(self):
     asked, self.asked = self.asked, {}
-    return [Completion(slot, np.array([65], np.int32), np.zeros(1, np.float32), 'length', n, n)
-            for slot, n in asked.items()]
+    return [
+      Completion(slot, np.full(m, 65, np.int32), np.zeros(m, np.float32), 'length', n, n)
+      for slot, (n, m) in asked.items()]
+
+
+@pytest.mark.parametrize('options, budgets', [
+  ({'streams': True}, [1, 3, 12, 16, 8]), ({'stop': ('never',)}, [16, 16, 8]), ({}, [40])])
+def test_a_stream_s_first_token_waits_for_no_second_one(tokenizer, options, budgets):
+  engine = OneToken(obliging=True)
+  scheduler = chat.Scheduler(
+    tokenizer, lambda name, sampling: engine, ['tiny'], max_context=256, max_waiting=4, piece=16)
+  text, outcome = ask(scheduler, tokenizer, [user('a')], max_new_tokens=40, **options)
+  scheduler.close()
+  assert engine.budgets == budgets and outcome.completion_tokens == 40
+  assert ''.join(text) == tokenizer.decode([65] * 40)
+  if options.get('streams'):
+    assert text[0] == tokenizer.decode([65])
 
 
 def test_engines_that_are_idle_make_room_for_others(tokenizer):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from agents import policy
+from configs import rollout, serve
 from data import errors
 from models import decoder, lora, weights
 from tests.agents import fakes
@@ -33,6 +34,14 @@ def test_an_adapter_goes_on_the_same_base(base, tmp_path):
     np.testing.assert_array_equal(value, decoder.to_params(adapted.frozen)[name])
   for name, value in params.items():
     np.testing.assert_array_equal(value, decoder.to_params(adapted.lora)[name])
+
+
+@pytest.mark.parametrize('entry', [rollout, serve])
+def test_the_keys_of_an_engine_mean_the_same_in_every_entry(entry):
+  options = policy.engine_options(entry.get_config('dtype=bfloat16,decode_steps=4,seed=3'))
+  assert options == {'decode_steps': 4, 'cache_dtype': 'bfloat16', 'lookup': None, 'seed': 3}
+  options = policy.engine_options(entry.get_config('lookup=5,cache_dtype=int8'))
+  assert options['lookup'].draft_len == 5 and options['cache_dtype'] == 'int8'
 
 
 def test_the_weights_are_put_on_the_device_once(base, tmp_path):
