@@ -1,12 +1,18 @@
-"""Compiles the real programs for TPU slices that are not there, and says what they will take.
+"""Compiles the real programs for machines that are not there, and says what they will take.
 
   python -m experiments.aot --model=qwen25_14b --topology=v5e:8x8 --program=train
   python -m experiments.aot --model=qwen25_7b --topology=v6e:2x4 --program=decode --mesh=2,1,4
+  python -m experiments.aot --model=qwen25_7b --topology=h200 --program=decode --slots=256 \\
+    --max_len=8192 --cache_dtype=int8
 
 The train step, prefill or decode of this repository, Pallas kernels included, by the TPU compiler
 (libtpu, which needs no TPU): memory of a device by part, FLOPs and bytes counted from the
 architecture, what is sent to other devices read from the compiled program, and from these how fast
 it can be at best. Exit code 1 where it does not fit, with what would.
+
+Decoding and prefill also for one GPU. Where this machine has none of the kind, XLA compiles them
+for CPUs, traced as for the GPU: the bytes of weights and cache are the GPU's, those of temporaries
+what its compiler for CPUs takes, and not counted.
 """
 
 import dataclasses
@@ -42,6 +48,7 @@ _FLAGS = {
   'max_len': 'Tokens that a slot can hold; all of them are attended.',
   'blocks': 'Prefill blocks at a time.',
   'decode_steps': 'Tokens that a slot samples in one dispatch.',
+  'cache_dtype': "Of keys and values: float32, bfloat16, int8; '' is that of the model.",
 }
 _PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax')
 
@@ -61,7 +68,7 @@ def check(
 
   Args:
     model: a name of `models.registry`.
-    topology: as in 'v5e:8x8', of one slice.
+    topology: as in 'v5e:8x8', of one slice; or a GPU of `chips.GPUS`.
     program: one of PROGRAMS.
     mesh: auto, or sizes as `sharding.parse_sizes` takes them.
     slices: how many.
@@ -81,10 +88,16 @@ def check(
     raise errors.UserError(f'--program={program}: choose from {", ".join(PROGRAMS)}.')
   if slices > 1 and program != 'train':
     raise errors.UserError('Inference does not span slices; give --slices with --program=train.')
+  gpu = chips.GPUS.get(topology)
+  if gpu and (program == 'train' or slices > 1):
+    raise errors.UserError(f'--topology={topology} is one GPU: give --program=decode or prefill.')
   settings = settings or Settings()
+  if settings.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
+    raise errors.UserError(
+      f'--cache_dtype={settings.cache_dtype}: choose from float32, bfloat16, int8.')
   config = config or registry.get_config(model, dtype='bfloat16')
   devices = aot_programs.find_devices(topology, slices)
-  chip = chips.CHIPS[re.split('[:=_]', topology)[0]]
+  chip = gpu or chips.CHIPS[re.split('[:=_]', topology)[0]]
   sizes, modes, settings = _plan(config, program, mesh, slices, len(devices), chip, settings)
   if min(sizes.values()) > 0:
     aot_programs.check_mesh(config, sizes, settings, program)
@@ -92,6 +105,7 @@ def check(
   aot_programs.check_mesh(config, grid.shape, settings, program)
   record = {
     'model': model, 'topology': topology, 'slices': slices, 'devices': grid.size,
+    'compiler': devices[0].platform,
     'program': program, 'mesh': dict(grid.shape), 'settings': dataclasses.asdict(settings),
     'hbm_bytes': chip.hbm_bytes, 'limit_bytes': chip.program_bytes,
     'versions': summary.versions(_PACKAGES)}
@@ -100,11 +114,13 @@ def check(
   for remat in modes:
     if program == 'train':
       lowered, parts = aot_programs.lower_train(config, grid, settings, remat)
+      lowered = [lowered]
       record['remat'] = remat
     else:
-      lowered, parts = aot_programs.lower_inference(config, grid, settings, program)
+      lowered, parts = aot_programs.lower_inference(
+        config, grid, settings, program, 'gpu' if gpu else 'tpu')
     try:
-      compiled = lowered.compile()
+      compiled, *others = [program.compile() for program in lowered]
       break
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
@@ -125,6 +141,15 @@ def check(
     'temporaries': stats.temp_size_in_bytes,
     'code and results': need - stats.argument_size_in_bytes - stats.temp_size_in_bytes,
   }
+  for other in others:
+    # The weights stay where they are while what was decoded is written to the cache.
+    more = max(0, parts['weights'] + remat_lib.program_bytes(other) - need)
+    record['memory']['temporaries'] += more
+    need += more
+  if record['compiler'] == 'cpu':
+    # Not the GPU's: the CPU's compiler multiplies the codes of all layers out before the loop.
+    record['cpu_temporaries'] = record['memory'].pop('temporaries')
+    need -= record['cpu_temporaries']
   record['need_bytes'], record['fits'] = need, need <= chip.program_bytes
   if not record['fits']:
     record['would_fit'] = would_fit(config, program, len(devices), slices, chip, settings)
@@ -145,8 +170,7 @@ def _plan(config, program, mesh, slices, num_devices, chip, settings):
       decoder.abstract(config, lora), num_devices=num_devices, slices=slices,
       memory=chip.program_bytes, batch_rows=settings.batch_rows, row_len=settings.row_len)
   else:
-    plans = aot_programs.inference_plans(
-      config, num_devices, chip.program_bytes, settings, program)
+    plans = aot_programs.inference_plans(config, num_devices, chip.program_bytes, settings)
   if mesh == 'auto':
     if not plans:
       raise errors.UserError(
@@ -231,7 +255,7 @@ def would_fit(config, program, num_devices, slices, chip, settings) -> list[str]
 
   def inference(devices, **changes):
     own = dataclasses.replace(settings, **changes)
-    plans = aot_programs.inference_plans(config, devices, chip.program_bytes, own, program)
+    plans = aot_programs.inference_plans(config, devices, chip.program_bytes, own)
     return plans[0] if plans else None
 
   shown = lambda plan: (
@@ -250,7 +274,7 @@ def would_fit(config, program, num_devices, slices, chip, settings) -> list[str]
       options = ' '.join(f'--{name}={value}' for name, value in changes.items())
       says.append(f'{options} {shown(best)} on the same devices')
       break
-  for times in (2, 4, 8, 16):
+  for times in () if chip.name in chips.GPUS else (2, 4, 8, 16):
     if (best := plan(num_devices * times)) and best.fits:
       says.append(f'{shown(best)} on {num_devices * times} devices of the kind')
       break
@@ -294,6 +318,10 @@ def table(record: dict[str, Any]) -> str:
     for title, key in (('all at once', 'at_best'), ('one after another', 'serial')):
       rate = record[key]
       lines.append(f'  {title:<18} {rate["tokens_per_s"]:>12,.0f} tokens/s  {rate["mfu"]:6.1%} MFU')
+  if record['compiler'] == 'cpu':
+    lines += [
+      '', 'Without temporaries: compiled by XLA for CPUs, which takes '
+      f'{record["cpu_temporaries"] / _GIB:.2f} GiB for them.']
   lines.append('')
   if record['fits']:
     lines.append(f'It fits. Compiled in {record["compile_s"]:.0f} s.')
@@ -320,7 +348,9 @@ def main(_) -> None:
 def define_flags() -> None:
   """Flags of the command; not defined on import, since tests import this module."""
   flags.DEFINE_string('model', 'qwen25_7b', 'A name of models/registry.py.')
-  flags.DEFINE_string('topology', 'v5e:4x4', 'Chip and shape of a slice: v4, v5e, v5p, v6e, tpu7x.')
+  flags.DEFINE_string(
+    'topology', 'v5e:4x4',
+    'Chip and shape of a slice: v4, v5e, v5p, v6e, tpu7x; or a GPU: a100, h100, h200.')
   flags.DEFINE_enum('program', 'train', PROGRAMS, 'What is compiled.')
   flags.DEFINE_string('mesh', 'auto', 'Sizes data,fsdp,tensor within a slice.')
   flags.DEFINE_integer('slices', 1, 'Slices of that topology, data-parallel.', lower_bound=1)

@@ -1,4 +1,4 @@
-"""The real programs, lowered for TPUs that are not there: train step, prefill, decode.
+"""The real programs, lowered for machines that are not there: train step, prefill, decode.
 
 Everything is abstract: shapes with shardings on the devices of a topology that only the compiler
 knows. What is compiled is what `train.py` and `inference.engine` run.
@@ -41,6 +41,7 @@ class Settings:
     block_len: tokens of a prefill block.
     blocks: prefill blocks at a time.
     decode_steps: tokens a slot samples in one dispatch.
+    cache_dtype: of keys and values: float32, bfloat16, int8; '' is the model's.
   """
 
   batch_rows: int = 0
@@ -53,14 +54,22 @@ class Settings:
   block_len: int = 128
   blocks: int = 32
   decode_steps: int = 8
+  cache_dtype: str = ''
 
 
 def find_devices(topology: str, slices: int):
   """The devices of a topology, as its compiler describes them.
 
+  Of a GPU it is the one that this machine has; where it has none, a CPU device stands for it, and
+  XLA's compiler for CPUs for its own.
+
   Raises:
     UserError: libtpu is not installed, or knows no such topology.
   """
+  if topology in chips.GPUS:
+    here = jax.devices()[:1]
+    return here if here[0].device_kind == chips.GPUS[topology].device_kind else (
+      jax.devices('cpu')[:1])
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       f"The TPU compiler is not installed; pip install '{LIBTPU}' (Linux, 165 MB, needs no TPU).")
@@ -68,7 +77,7 @@ def find_devices(topology: str, slices: int):
   if kind not in chips.CHIPS:
     raise UserError(
       f'--topology={topology}: there is no chip {kind!r}; there are {", ".join(chips.CHIPS)}, '
-      'as in v5e:8x8.')
+      f'as in v5e:8x8, and {", ".join(chips.GPUS)}, one of each.')
   # libtpu looks for a TPU, which one process may hold, and for the cloud's metadata.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -124,50 +133,65 @@ def lower_train(config, mesh, settings: Settings, remat: str):
     'optimizer': 2 * adapter}
 
 
-def lower_inference(config, mesh, settings: Settings, program: str):
-  """Prefill or decode of inference/programs.py, lowered; bytes of its arguments by part."""
+def lower_inference(config, mesh, settings: Settings, program: str, kind: str):
+  """Prefill or decode of inference/programs.py, lowered; bytes of what is held, by part.
+
+  Args:
+    config: of the model.
+    mesh: of devices.
+    settings: shapes.
+    program: prefill or decode.
+    kind: 'tpu' or 'gpu', which the program is traced for.
+
+  Returns:
+    The programs of a dispatch (of decoding two, the second of which writes to the cache), and the
+    bytes.
+  """
   model = decoder.abstract(config, unrolled=True)
   spec = programs.Spec(
     graphdef=model.graphdef, sampling=GREEDY, stop_ids=(0,), num_slots=settings.slots,
     block_len=settings.block_len, decode_steps=settings.decode_steps, mesh=mesh)
   slots, whole = spec.shardings()
-  with platform.compiling_for('tpu'):
-    cache = jax.eval_shape(
-      lambda: KVCache.init(config, settings.slots, settings.max_len, config.dtype))
+  with platform.compiling_for(kind):
+    cache = with_shardings(_cache(config, settings), slots)
     state = jax.eval_shape(lambda: programs.SlotState.init(settings.slots, 0))
-    prefix = jax.eval_shape(lambda cache: cache.prefix(settings.max_len), cache)
     params = tuple(
       with_shardings(part, sharding.state_shardings(part, mesh))
       for part in (model.lora, model.frozen))
-    cache, prefix = with_shardings((cache, prefix), slots)
     state = with_shardings(state, whole)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
     compiled = programs.compiled(spec)
     if program == 'decode':
-      lowered = compiled.decode.lower(params, cache, prefix, state, ints())
+      tail = jax.eval_shape(lambda cache: cache.tail(settings.decode_steps), cache)
+      new = with_shardings(tail, slots), ints(settings.slots, settings.decode_steps)
+      lowered = [
+        compiled.decode.lower(params, cache, state, ints()),
+        compiled.absorb.lower(cache, new)]
     else:
       fields = settings.block_len + len(programs.BLOCK_FIELDS)
       ends = min(settings.blocks, settings.slots)
-      lowered = compiled.prefill.lower(
+      lowered = [compiled.prefill.lower(
         params, cache, state, ints(settings.blocks, fields), ints(ends),
-        attend_len=settings.max_len)
+        attend_len=settings.max_len)]
   held = kv_bytes(config, settings, mesh.shape)
-  parts = {'weights': memory.shard_bytes(model.frozen, mesh.shape), 'KV cache': held}
-  # Decoding reads a copy of the cache and writes to another one, `KVCache.prefix`.
-  return lowered, parts | ({'KV prefix': held} if program == 'decode' else {})
+  return lowered, {'weights': memory.shard_bytes(model.frozen, mesh.shape), 'KV cache': held}
+
+
+def _cache(config, settings: Settings) -> KVCache:
+  """The shapes of all slots' keys and values."""
+  return jax.eval_shape(lambda: KVCache.init(
+    config, settings.slots, settings.max_len, settings.cache_dtype or config.dtype))
 
 
 def kv_bytes(config, settings: Settings, sizes) -> int:
-  """Keys and values of all slots on one device."""
-  width = 2 if config.dtype == 'bfloat16' else 4
-  slots = settings.slots // sizes['data'] if settings.slots % sizes['data'] == 0 else settings.slots
-  heads, tensor = config.num_kv_heads, sizes['tensor']
-  heads = heads // tensor if heads % tensor == 0 else heads
-  return 2 * config.num_layers * slots * heads * config.head_dim * settings.max_len * width
+  """Keys and values of all slots on one device, their scales included."""
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_cache(config, settings)))
+  split = (('data', settings.slots), ('tensor', config.num_kv_heads))
+  return whole // math.prod(sizes[axis] for axis, size in split if size % sizes[axis] == 0)
 
 
 def inference_plans(
-  config, num_devices: int, limit: int, settings: Settings, program: str
+  config, num_devices: int, limit: int, settings: Settings
 ) -> list[memory.Plan]:
   """Meshes for inference, the best first: what fits with the fewest devices for one copy."""
   model, found = decoder.abstract(config), []
@@ -180,8 +204,7 @@ def inference_plans(
       own = dataclasses.replace(settings, slots=settings.slots or 32 * sizes['data'])
       if own.slots % sizes['data']:
         continue
-      copies = 2 if program == 'decode' else 1
-      need = (memory.shard_bytes(model.frozen, sizes) + copies * kv_bytes(config, own, sizes)
+      need = (memory.shard_bytes(model.frozen, sizes) + kv_bytes(config, own, sizes)
               + 4 * 4 * own.slots * config.vocab_size // tensor)
       found.append(memory.Plan(sizes, 'none', need, limit))
   # Sharding over fsdp, too, sums partial products in every block: only where tensor does not do.

@@ -122,6 +122,16 @@ def _table(program: str, records: Mapping[str, Any]) -> str:
     'bound by | tokens/s | MFU % |', '|---|---|---|---|---|---|---|---|---|---|', *rows])
 
 
+def _held_twice(done: Mapping[str, Any]) -> str:
+  """Says of which cells it is true: they were compiled when decoding copied what it attends to."""
+  records = [done[cell.name] for cell in cells() if cell.program == 'decode' and cell.name in done]
+  count = sum('KV prefix' in record.get('memory', ()) for record in records)
+  if not count:
+    return ''
+  share = '' if count == len(records) else f' in {count} of {len(records)} cells'
+  return f', keys and values held twice (cache and prefix){share}'
+
+
 def section(record: Mapping[str, Any]) -> str:
   """The tables as Markdown, with what they are."""
   done, measured = record['cells'], record['measured']
@@ -133,8 +143,8 @@ def section(record: Mapping[str, Any]) -> str:
     'every resource at its peak one after the other, to all of them at the same time.',
     'Training: LoRA of rank 64, rows of 4,096 tokens, one a device, a quarter of the tokens with a '
     f'loss.\n\n{_table("train", done)}',
-    'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full, keys and values held twice '
-    f'(cache and prefix).\n\n{_table("decode", done)}']
+    f'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full{_held_twice(done)}.\n\n'
+    f'{_table("decode", done)}']
   if points(done):
     parts.append(f'![Training on ever more devices]({PLOT.name})')
   if lacking:

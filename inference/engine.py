@@ -32,11 +32,11 @@ import jax
 import numpy as np
 
 from data.errors import UserError
-from inference import prefixes, programs
+from inference import lengths, prefixes, programs
 from inference.lookup import Acceptance, LookupConfig, pays
 from inference.sampling import GREEDY, SamplingConfig
 from inference.trie import Tables, Trie
-from models import decoder
+from models import decoder, memory
 from models.kv_cache import KVCache
 
 # Share of the busy slots whose end makes decoding return: a step costs the same for 32 rows as for
@@ -147,20 +147,6 @@ class _Slot:
     return self.length + max(len(self.tokens) - 1, 0)
 
 
-def attend_buckets(max_len: int, step: int = 128) -> list[int]:
-  """Static lengths of the attended prefix: multiples of `step`, coarser beyond 4 of them.
-
-  A program is compiled for each that is used; 128 positions more cost 32 slots of SmolLM2-135M
-  about a tenth of a decode step.
-  """
-  lengths, width = [], step
-  while not lengths or lengths[-1] < max_len:
-    lengths.append((lengths[-1] if lengths else 0) + width)
-    if lengths[-1] >= 4 * width:
-      width *= 2
-  return [min(length, max_len) for length in lengths]
-
-
 class Engine:
   """Slots, their cache and the compiled programs.
 
@@ -228,8 +214,8 @@ class Engine:
     self._decode_steps = decode_steps
     self._block_len = block_len
     self._block_buckets = sorted(set(block_buckets))
-    self._decode_lengths = attend_buckets(max_len, attend_step)
-    self._prefill_lengths = attend_buckets(max_len, 2 * attend_step)
+    self._lengths = lengths.attend_buckets(max_len, attend_step)
+    self._prefill_lengths = lengths.attend_buckets(max_len, 2 * attend_step)
     self._slots = [_Slot() for _ in range(num_slots)]
     # The tokens of each slot's conversation, in their positions.
     self._ids = np.zeros((num_slots, max_len), np.int32)
@@ -260,6 +246,9 @@ class Engine:
         cache, state = map(jax.device_put, (cache, state), shardings)
       self._caches.append(cache)
       self._states.append(state)
+    held = memory.held_bytes(self._caches)
+    room = memory.USABLE * memory.device_bytes() - memory.held_bytes(self._params) - held
+    self._decode_lengths = lengths.affordable(self._lengths, held, room)
 
   def length(self, slot: int) -> int:
     """Tokens of the slot's conversation, the last sampled one included."""
@@ -385,8 +374,10 @@ class Engine:
     with self._clock('decode'):
       attend_len = next(n for n in self._decode_lengths if n >= longest)
       cache, state = self._caches[group], self._states[group]
-      prefix = self._programs.prefix(cache, attend_len=attend_len)
-      arguments = (self._params, cache, prefix, state, leave_at, self._tables.arrays(slots))
+      prefix = cache
+      if attend_len < self.max_len or not cache.readable:
+        prefix = self._programs.prefix(cache, attend_len=attend_len)
+      arguments = (self._params, prefix, state, leave_at, self._tables.arrays(slots))
       drafting = None if self._acceptance is None else self._acceptance.drafting[slots]
       if drafting is not None and pays(drafting, running):
         width += self._lookup.draft_len
@@ -394,7 +385,8 @@ class Engine:
           *arguments, self._ids[slots, :attend_len].copy(), drafting)
       else:
         result = self._programs.decode(*arguments)
-      self._caches[group], self._states[group], packed = result
+      new, self._states[group], packed = result
+      self._caches[group] = self._programs.absorb(cache, new)
     self._flying.append((group, packed, width))
 
   def run_until_complete(self) -> list[Completion]:
@@ -478,7 +470,7 @@ class Engine:
     ids = self._ids[index, :length]
     if length < 4 * self._block_len or self._store.find(ids)[0] > length - self._block_len:
       return
-    positions = next(n for n in self._decode_lengths if n >= length)
+    positions = next(n for n in self._lengths if n >= length)
     size = self._caches[0].nbytes // (self._group_size * self.max_len) * positions
     if size <= self._store.max_bytes:
       with self._clock('copy'):
@@ -486,7 +478,7 @@ class Engine:
 
   def _take(self, slot: int, length: int) -> KVCache:
     """A copy of the slot's first tokens, and of what lies behind them up to a static length."""
-    attend_len = next(n for n in self._decode_lengths if n >= length)
+    attend_len = next(n for n in self._lengths if n >= length)
     group, row = divmod(slot, self._group_size)
     return self._programs.take(self._caches[group], np.int32(row), attend_len=attend_len)
 

@@ -93,6 +93,7 @@ class Programs:
   prefix: Callable
   decode: Callable
   verify: Callable
+  absorb: Callable
   take: Callable
   place: Callable
   traces: collections.Counter
@@ -111,13 +112,17 @@ def compiled(spec: Spec) -> Programs:
     traces['prefix'] += 1
     return cache.prefix(attend_len)
 
-  def decode_program(params, cache, prefix, state, leave_at, tries=None):
+  def decode_program(params, prefix, state, leave_at, tries=None):
     traces['decode'] += 1
-    return decode(spec, params, cache, prefix, state, leave_at, tries)
+    return decode(spec, params, prefix, state, leave_at, tries)
 
-  def verify_program(params, cache, prefix, state, leave_at, tries, context, drafting):
+  def verify_program(params, prefix, state, leave_at, tries, context, drafting):
     traces['verify'] += 1
-    return verify(spec, params, cache, prefix, state, leave_at, tries, context, drafting)
+    return verify(spec, params, prefix, state, leave_at, tries, context, drafting)
+
+  def absorb_program(cache, new):
+    traces['absorb'] += 1
+    return cache.absorb(*new)
 
   def take_program(cache, slot, *, attend_len):
     traces['take'] += 1
@@ -132,16 +137,20 @@ def compiled(spec: Spec) -> Programs:
     # Results fed back as arguments retrace once if their shardings are left to the compiler.
     slots, whole = shardings
     row = NamedSharding(spec.mesh, PartitionSpec(None, *slots.spec[1:]))
-    outs = ((slots, whole), slots, (slots, whole, whole), row)
+    outs = ((slots, whole), slots, ((slots, whole), whole, whole), row)
     pinned = [{'out_shardings': out} for out in outs]
-  donated = {'donate_argnames': ('cache', 'state')}
+  # Decoding reads the cache or a prefix of it, made apart, and another program writes to it: within
+  # one, XLA copies the whole cache before it writes, 46 instead of 12 ms a core for 6 layers of
+  # SmolLM2-135M and 32 slots of 512.
+  reading = {'donate_argnames': 'state'}
   return Programs(
-    jax.jit(prefill_program, static_argnames='attend_len', **donated, **pinned[0]),
-    # Apart from decoding: within one program XLA copies the whole cache before it writes to it,
-    # 46 instead of 12 ms a core for 6 layers of SmolLM2-135M and 32 slots of 512.
+    jax.jit(
+      prefill_program, static_argnames='attend_len', donate_argnames=('cache', 'state'),
+      **pinned[0]),
     jax.jit(prefix_program, static_argnames='attend_len', **pinned[1]),
-    jax.jit(decode_program, **donated, **pinned[2]),
-    jax.jit(verify_program, **donated, **pinned[2]),
+    jax.jit(decode_program, **reading, **pinned[2]),
+    jax.jit(verify_program, **reading, **pinned[2]),
+    jax.jit(absorb_program, donate_argnames='cache', **pinned[1]),
     jax.jit(take_program, static_argnames='attend_len', **pinned[3]),
     jax.jit(place_program, donate_argnames='cache', **pinned[1]),
     traces,
@@ -150,6 +159,8 @@ def compiled(spec: Spec) -> Programs:
 
 # Edges int32 [S, E, 3] and nodes int32 [S] of `inference.trie`; None where no slot is restricted.
 Tries = tuple[jax.Array, jax.Array] | None
+# What decoding adds to a cache: the arguments of `KVCache.absorb`, a tail and its places.
+New = tuple[KVCache, jax.Array]
 
 
 def _choose(spec: Spec, params, hidden, engine_seed, seed, index, edges=None, nodes=None):
@@ -233,27 +244,26 @@ def prefill(
 def decode(
   spec: Spec,
   params: tuple[nnx.State, nnx.State],
-  cache: KVCache,
   prefix: KVCache,
   state: SlotState,
   leave_at: jax.Array,
   tries: Tries = None,
-) -> tuple[KVCache, SlotState, jax.Array]:
+) -> tuple[New, SlotState, jax.Array]:
   """Samples up to `decode_steps` tokens for every active slot.
 
   Args:
     spec: static.
     params: the adapter's and the frozen state.
-    cache: donated.
-    prefix: of the cache, at least as long as the longest active slot.
+    prefix: what is attended to, at least as long as the longest active slot: the cache itself, or
+      `KVCache.prefix` of it; only read.
     state: donated.
     leave_at: int32, return as soon as no more slots than this are active.
     tries: what the slots may reply; their nodes are those before the prefill's token.
 
   Returns:
-    The cache, the slots' state, and all that the host wants to know as one int32 array
-    [S, 2 * (decode_steps + 1) + 2]: tokens (the prefill's first; -1 where none), the bits of their
-    float32 log-probabilities, active, steps done.
+    What the cache has to absorb, the slots' state, and all that the host wants to know as one int32
+    array [S, 2 * (decode_steps + 1) + 2]: tokens (the prefill's first; -1 where none), the bits of
+    their float32 log-probabilities, active, steps done.
   """
   steps, slots = spec.decode_steps, spec.num_slots
   tokens = jnp.full((slots, steps + 1), -1, jnp.int32).at[:, 0].set(state.first)
@@ -293,12 +303,12 @@ def decode(
     return step + 1, tail, state, tokens, logprobs, nodes
 
   edges, nodes = _enter(tries, state)
-  carry = (jnp.int32(0), cache.tail(steps), state, tokens, logprobs, nodes)
+  carry = (jnp.int32(0), prefix.tail(steps), state, tokens, logprobs, nodes)
   step, tail, state, tokens, logprobs, _ = jax.lax.while_loop(unfinished, advance, carry)
   # A slot that ended went on with the others: only what it wrote while active is kept.
-  cache = cache.absorb(tail, kv_cache.places(before, state.lengths - before, steps))
+  new = tail, kv_cache.places(before, state.lengths - before, steps)
   packed = _pack(tokens, logprobs, state.active, jnp.broadcast_to(step, (slots,)))
-  return cache, dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed
+  return new, dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed
 
 
 def _enter(tries: Tries, state: SlotState) -> tuple[jax.Array | None, jax.Array | None]:
@@ -318,19 +328,18 @@ def _pack(tokens: jax.Array, logprobs: jax.Array, *columns: jax.Array) -> jax.Ar
 def verify(
   spec: Spec,
   params: tuple[nnx.State, nnx.State],
-  cache: KVCache,
   prefix: KVCache,
   state: SlotState,
   leave_at: jax.Array,
   tries: Tries,
   context: jax.Array,
   drafting: jax.Array,
-) -> tuple[KVCache, SlotState, jax.Array]:
+) -> tuple[New, SlotState, jax.Array]:
   """`decode` with drafts (`inference.lookup`): up to C tokens a step and active slot.
 
   Args:
     spec: static; its `lookup` is set.
-    params, cache, prefix, state, leave_at, tries: as for `decode`.
+    params, prefix, state, leave_at, tries: as for `decode`.
     context: int32 [S, the prefix's length], the cached tokens.
     drafting: bool [S], slots that draft; the others sample one token a step.
 
@@ -406,9 +415,8 @@ def verify(
   places = jnp.full((slots, columns), kv_cache.OUTSIDE, jnp.int32)
   counts = jnp.zeros((slots, 3), jnp.int32)
   carry = (
-    jnp.int32(0), state, cache.tail(columns), places, context, tokens, logprobs, counts, nodes)
+    jnp.int32(0), state, prefix.tail(columns), places, context, tokens, logprobs, counts, nodes)
   step, state, tail, places, _, tokens, logprobs, counts, _ = jax.lax.while_loop(
     unfinished, advance, carry)
-  cache = cache.absorb(tail, places)
   packed = _pack(tokens, logprobs, state.active, jnp.broadcast_to(step, (slots,)), *counts.T)
-  return cache, dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed
+  return (tail, places), dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed

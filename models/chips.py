@@ -6,7 +6,7 @@ Sources:
 - J. Austin et al., "How to Scale Your Model", chapter "How to Think About TPUs"
   (jax-ml.github.io/scaling-book/tpus): bandwidth of one ICI link and direction, and of the data
   centre network (DCN) by chip.
-- NVIDIA's data sheets: dense bfloat16 FLOP/s and memory bandwidth of the SXM modules.
+- NVIDIA's data sheets: memory, its bandwidth and dense bfloat16 FLOP/s of the SXM modules.
 - `program_bytes`: what the TPU compiler (libtpu 0.0.42.1) leaves to a program of the HBM; it names
   the number when it refuses one.
 """
@@ -24,10 +24,11 @@ class Chip:
     name: as in a topology's name.
     device_kind: as JAX names it.
     hbm_bytes: memory.
-    program_bytes: of it, what a program may use.
+    program_bytes: of it, what a program may use; on a GPU all of it, of which XLA takes the share
+      XLA_PYTHON_CLIENT_MEM_FRACTION (0.75 unless it is set).
     hbm_bandwidth: bytes/s.
     peak_flops: bfloat16 FLOP/s.
-    link_bandwidth: bytes/s of one ICI link in one direction.
+    link_bandwidth: bytes/s of one ICI link in one direction; 0 of a GPU, which stands alone here.
     torus: dimensions of its ICI network.
     dcn_bandwidth: bytes/s out of its slice.
   """
@@ -38,9 +39,9 @@ class Chip:
   program_bytes: int
   hbm_bandwidth: float
   peak_flops: float
-  link_bandwidth: float
-  torus: int
-  dcn_bandwidth: float
+  link_bandwidth: float = 0.0
+  torus: int = 0
+  dcn_bandwidth: float = 0.0
 
   def ici_bandwidth(self, group: int) -> float:
     """Bytes/s at which a device sends in a ring of `group` devices: one link in each direction."""
@@ -58,11 +59,12 @@ CHIPS = {
   )
 }
 
-# (FLOP/s, bytes/s)
-_GPUS = {
-  'NVIDIA A100-SXM4-80GB': (312e12, 2.039e12),
-  'NVIDIA H100 80GB HBM3': (989e12, 3.35e12),
-  'NVIDIA H200': (989e12, 4.8e12),
+GPUS = {
+  chip.name: chip for chip in (
+    Chip('a100', 'NVIDIA A100-SXM4-80GB', 80 * 10**9, 80 * 10**9, 2.039e12, 312e12),
+    Chip('h100', 'NVIDIA H100 80GB HBM3', 80 * 10**9, 80 * 10**9, 3.35e12, 989e12),
+    Chip('h200', 'NVIDIA H200', 141 * 10**9, 141 * 10**9, 4.8e12, 989e12),
+  )
 }
 
 
@@ -77,5 +79,6 @@ def peak_bandwidth(device_kind: str) -> float | None:
 
 
 def _peaks(device_kind: str) -> tuple[float | None, float | None]:
-  chips = {chip.device_kind: (chip.peak_flops, chip.hbm_bandwidth) for chip in CHIPS.values()}
-  return chips.get(device_kind, _GPUS.get(device_kind, (None, None)))
+  chips = {chip.device_kind: chip for chip in (*CHIPS.values(), *GPUS.values())}
+  chip = chips.get(device_kind)
+  return (chip.peak_flops, chip.hbm_bandwidth) if chip else (None, None)

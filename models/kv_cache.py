@@ -97,6 +97,11 @@ class KVCache:
   def nbytes(self) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(self))
 
+  @property
+  def readable(self) -> bool:
+    """Whether all of it can stand for its own prefix: not where bfloat16 is kept as bits."""
+    return self.v[0].dtype != jnp.uint16
+
   def _map(self, function: Callable[[jax.Array, int], jax.Array]) -> KVCache:
     """`function(array, the axis of its positions)` of all arrays."""
     fields = ((self.k, 3), (self.v, 2), (self.k_scale, 2), (self.v_scale, 2))
@@ -106,7 +111,8 @@ class KVCache:
     """The first `attend_len` positions, as values to read, for a loop of `decoder.forward_step`.
 
     Attention over a part of a cache makes XLA copy that part (and decode its bits) at every step;
-    a loop that reads a prefix and writes a tail copies once.
+    a loop that reads a prefix and writes a tail copies once. A whole cache needs no copy if it is
+    `readable`, and the program does not write to it, too.
     """
     cut = lambda x, axis: from_bits(jax.lax.slice_in_dim(x, 0, attend_len, axis=axis))
     return self._map(cut)

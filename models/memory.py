@@ -44,6 +44,12 @@ def device_bytes(sharing: int | None = None) -> int:
   return total // (sharing or jax.local_device_count())
 
 
+def held_bytes(arrays) -> int:
+  """Bytes of a tree of arrays on one of their devices."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
 def shard_bytes(state, sizes: Mapping[str, int]) -> int:
   """Bytes of a state of annotated variables on one device of a mesh of these sizes."""
   mesh = types.SimpleNamespace(shape=sizes)

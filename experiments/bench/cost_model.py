@@ -50,7 +50,7 @@ def predict(
   flops = cost.train_flops(config, lora, places, losses, context)
   again = cost.recomputed_flops(config, lora, places, context, remat)
   moved = cost.train_traffic(model, sizes, places, losses, remat)
-  chip = chips.Chip('this', platform.machine(), 0, 0, bytes_per_s, flops_per_s, 0.0, 1, 0.0)
+  chip = chips.Chip('this', platform.machine(), 0, 0, bytes_per_s, flops_per_s)
   times = cost.roofline(chip, flops + again, moved)
   return {
     'flops': flops + again, 'traffic_bytes': moved, 'compute': times.compute, 'memory': times.hbm,

@@ -220,6 +220,19 @@ def test_a_stream_s_first_token_waits_for_no_second_one(tokenizer, options, budg
     assert text[0] == tokenizer.decode([65])
 
 
+@pytest.mark.parametrize('streams', [False, True])
+def test_an_empty_generation_is_an_empty_reply(tokenizer, monkeypatch, streams):
+  end, engine = tokenizer.chat.end_of_turn, OneToken()
+  monkeypatch.setattr(engine, 'step', lambda: [
+    Completion(slot, np.array([end], np.int32), np.zeros(1, np.float32), 'stop', n, n)
+    for slot, (n, _) in [engine.asked.popitem()]])
+  scheduler = chat.Scheduler(
+    tokenizer, lambda name, sampling: engine, ['tiny'], max_context=256, max_waiting=4)
+  text, outcome = ask(scheduler, tokenizer, [user('a')], streams=streams)
+  scheduler.close()
+  assert text == [] and outcome.finish_reason == 'stop' and outcome.completion_tokens == 1
+
+
 def test_engines_that_are_idle_make_room_for_others(tokenizer):
   made = []
 

@@ -99,6 +99,12 @@ def test_every_end_has_its_name(tokenizer, termination, replies):
     say(run, tokenizer, 'wait')
 
 
+def test_an_empty_generation_is_answered_and_counted(tokenizer):
+  episode = play(tokenizer, '', 'pull lever 2').result()
+  assert episode.success and episode.invalid_actions == 1 and episode.env_steps == 1
+  assert episode.steps[0].parsed == 'invalid' and 'empty' in episode.steps[0].observation
+
+
 def test_winning_with_the_last_step_is_a_success(tokenizer):
   replies = [f'dance {i}' for i in range(5)] + ['pull lever 2']
   assert play(tokenizer, *replies).result().termination == 'success'

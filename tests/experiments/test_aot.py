@@ -1,5 +1,6 @@
 """Ahead of time: small programs compiled for real TPU topologies, and every wrong input."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -62,6 +63,19 @@ def test_slices_exchange_gradients_only():
   assert record['dcn_bytes'] < 4 * record['memory']['adapter'] * record['mesh']['fsdp']
 
 
+@pytest.mark.parametrize('cache_dtype, numbers', [('', 64 * 2), ('int8', 64 + 2)])
+def test_decoding_on_a_gpu_holds_keys_and_values_once(cache_dtype, numbers):
+  settings = dataclasses.replace(SMALL, max_len=1024, cache_dtype=cache_dtype)
+  record = aot.check('tiny', 'h200', 'decode', settings=settings, config=TINY)
+  parts = record['memory']
+  cache = 2 * TINY.num_layers * TINY.num_kv_heads * 8 * 1024 * numbers
+  assert record['fits'] and record['devices'] == 1 and parts['KV cache'] == cache
+  assert set(parts) == {'weights', 'KV cache', 'other arguments', 'code and results'}
+  assert record['cpu_temporaries'] > 0
+  assert sum(parts.values()) == record['need_bytes'] < record['limit_bytes'] == 141 * 10**9
+  assert 'compiled by XLA for CPUs' in aot.table(record)
+
+
 @needs_libtpu
 def test_what_does_not_fit_says_what_would():
   big = Settings(batch_rows=1024, row_len=8192, remat='none')
@@ -93,6 +107,8 @@ def test_a_mesh_may_split_the_dimensions_of_the_network(topology, sizes):
   ({'program': 'decode', 'mesh': '3,1,2'}, '--slots=8 does not divide'),
   ({'program': 'decode', 'slices': 2}, 'does not span slices'),
   ({'program': 'serve'}, 'choose from train'),
+  ({'topology': 'h200'}, '--topology=h200 is one GPU'),
+  ({'settings': Settings(cache_dtype='int4')}, '--cache_dtype=int4'),
   ({'settings': Settings(remat='some')}, '--remat=some'),
 ])
 def test_bad_input_is_one_sentence(options, message):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference import ContextOverflow, Engine, SamplingConfig
-from inference.engine import attend_buckets
-from models import decoder, registry, sharding
+from inference.lengths import affordable, attend_buckets
+from models import decoder, memory, registry, sharding
 from models.lora import LoraConfig
 
 SLOTS, MAX_LEN, VOCAB, STOP = 3, 48, 61, (0, 1, 2, 3, 4, 5, 6, 7)
@@ -193,7 +193,8 @@ def test_no_recompilation_in_the_steady_state():
 
   play(12)
   seen = eng.stats.traces
-  assert 0 < seen <= 2 * (2 + 2)  # attended lengths x (bucket sizes + prefix + decode)
+  # Attended lengths x (bucket sizes + decode), prefix (of the shorter one), absorb.
+  assert 0 < seen <= 2 * (2 + 1) + 2
   play(25)
   assert eng.stats.traces == seen
   # A second engine of the same shapes, with another adapter's weights, compiles nothing.
@@ -247,7 +248,7 @@ def test_on_a_mesh_the_tokens_are_the_same_and_nothing_retraces():
     history += [20, 21]
     assert_greedy(history, eng.run_until_complete()[0], 5)
     traces = eng.stats.traces
-    assert traces == 3  # prefill, prefix, decode
+    assert traces == 4  # prefill, prefix, decode, absorb
 
 
 def test_bfloat16_cache_and_products_stay_close():
@@ -268,6 +269,31 @@ def test_attend_buckets_reach_the_whole_slot_and_grow():
   lengths = attend_buckets(32768)
   assert lengths[-1] == 32768 and len(lengths) < 40
   assert all(b <= 1.5 * a for a, b in itertools.pairwise(lengths[1:]))
+
+
+def test_without_memory_for_copies_all_of_a_slot_is_attended(monkeypatch):
+  assert affordable([32, 64, 128], cache_bytes=1280, room=640) == [32, 64, 128]
+  assert affordable([32, 64, 128], cache_bytes=1280, room=639) == [32, 128]
+  assert affordable([32, 64, 128], cache_bytes=1280, room=-1) == [128]
+  monkeypatch.setattr(memory, 'device_bytes', lambda: 0)
+  eng, history = engine(), [9, 10, 11]
+  assert eng._decode_lengths == [MAX_LEN]
+  before = eng._programs.traces['prefix']
+  eng.submit(0, history, 6, reset=True)
+  assert_greedy(history, eng.run_until_complete()[0], 6)
+  assert eng._programs.traces['prefix'] == before
+
+
+def test_a_whole_slot_is_read_where_it_lies():
+  eng = engine(max_len=1024)
+  (cache,), (state,), programs = eng._caches, eng._states, eng._programs
+  lowered = programs.decode.lower(
+    eng._params, cache, state, np.int32(0), eng._tables.arrays(slice(0, SLOTS)))
+  assert lowered.compile().memory_analysis().temp_size_in_bytes < cache.nbytes / 4
+  new = cache.tail(3), jnp.zeros((SLOTS, 3), jnp.int32)
+  stats = programs.absorb.lower(cache, new).compile().memory_analysis()
+  assert stats.alias_size_in_bytes == cache.nbytes
+  assert stats.temp_size_in_bytes < cache.nbytes / 4
 
 
 def test_a_conversation_that_is_kept_in_part_goes_on_as_if_the_rest_had_never_been():
