@@ -25,7 +25,7 @@ from training import dataset
 
 # Keys that may differ when a run is continued: they change how it is computed and watched, not what
 # is learnt (on another mesh sums are taken in another order).
-FREE_KEYS = ('checkpoint_every', 'log_every', 'profile_steps', 'mesh', 'remat')
+FREE_KEYS = ('checkpoint_every', 'log_every', 'profile_steps', 'mesh', 'remat', 'attention')
 
 
 def load_data(config) -> tuple[list, dict[str, int], set[str]]:
@@ -148,6 +148,8 @@ def check(config) -> None:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
   if config.remat not in ('auto', 'none', 'mlp', 'full'):
     raise errors.UserError(f'remat={config.remat!r}: choose auto, none, mlp or full.')
+  if config.attention not in ('auto', 'blocks', 'kernel'):
+    raise errors.UserError(f'attention={config.attention!r}: choose auto, blocks or kernel.')
 
 
 def fit(
@@ -182,7 +184,8 @@ def fit(
   """
   import jax
 
-  from models import attention, cost, decoder, memory, sharding
+  from models import cost, decoder, memory, sharding
+  from training import attention_path as attention_path_lib
   from training import optimizer as optimizer_lib
   from training import packing, processes, speed
   from training import remat as remat_lib
@@ -219,6 +222,7 @@ def fit(
   processes.by_first(
     lambda: workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
   )
+  attention_path = attention_path_lib.choose(config.attention, model.config)
   state, shardings = step_lib.init_state(model, optimizer, mesh)
   make_step = functools.partial(
     step_lib.make_train_step,
@@ -229,6 +233,7 @@ def fit(
     mesh,
     seed=config.seed,
     label_smoothing=config.label_smoothing,
+    attention_path=attention_path,
   )
   remat = config.remat
   if remat == 'auto':
@@ -273,7 +278,7 @@ def fit(
     f'training: {rows.num_examples} examples in {rows.num_rows} rows of {row_len} '
     f'({rows.efficiency:.0%} full), {batches.num_tokens} tokens, {batches.num_loss_tokens} with a '
     f'loss; steps {start} to {batches.num_steps} on {mesh.size} of {jax.device_count()} devices, '
-    f'attention={attention.path()}, about {predicted_s / 60:.1f} min'
+    f'about {predicted_s / 60:.1f} min'
   )
 
   # The loop. It runs ahead of the devices: nothing in it waits for a step but a record of the one
@@ -336,7 +341,7 @@ def fit(
     'row_len': row_len,
     'mesh': dict(mesh.shape),
     'remat': remat,
-    'attention': attention.path(),
+    'attention': attention_path,
     'packing_efficiency': rows.efficiency,
     'resumed_at': start,
     'tokens_per_s': metrics.tokens / loop_s if metrics.tokens else None,

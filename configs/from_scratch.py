@@ -43,6 +43,7 @@ DEFAULTS = dict(
   dtype='bfloat16',  # operands of the products; or float32
   mesh='auto',  # sizes data,fsdp,tensor, or slices before them; auto: by model, memory and devices
   remat='auto',  # recomputed in the backward pass: none, mlp, full; auto: the least that fits
+  attention='auto',  # blocks, kernel (GPU, TPU); auto: the kernel where it is shown to be right
   checkpoint_every=100,  # steps
   log_every=10,  # steps
   profile_steps='',  # first,last: a trace of these steps for XProf, in profile/

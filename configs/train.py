@@ -62,6 +62,7 @@ DEFAULTS = dict(
   base_quantization='none',  # kernels of the frozen base: none, int8, int4, nf4
   mesh='auto',  # sizes data,fsdp,tensor, or slices before them; auto: by model, memory and devices
   remat='auto',  # recomputed in the backward pass: none, mlp, full; auto: the least that fits
+  attention='auto',  # blocks, kernel (GPU, TPU); auto: the kernel where it is shown to be right
   checkpoint_every=20,  # steps
   log_every=1,  # steps
   profile_steps='',  # first,last: a trace of these steps for XProf, in profile/

@@ -13,18 +13,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from models import platform, splash
+from models import flash, platform, splash
 from models.layers import from_bits, to_bits
 
 MASKED = -1e30
 # Queries of a block: as few as MIN_BLOCK up to 2,048 tokens, then so many that there are MAX_BLOCKS
 # blocks, but no more than MAX_BLOCK: their scores, MAX_BLOCK x T, are linear in the length.
 MIN_BLOCK, MAX_BLOCK, MAX_BLOCKS = 128, 512, 16
-
-
-def path() -> str:
-  """What `attention` takes where it is traced: 'splash', the TPU's kernel, or 'blocks'."""
-  return 'splash' if platform.name() == 'tpu' else 'blocks'
+PATHS = ('auto', 'blocks', 'kernel')
 
 
 def attention(
@@ -35,13 +31,14 @@ def attention(
   segment_ids: jax.Array | None = None,
   window: int = 0,
   is_local: jax.Array | None = None,
+  path: str = 'auto',
 ) -> jax.Array:
-  """Causal attention within whole rows: splash attention on a TPU, elsewhere in blocks.
+  """Causal attention within whole rows, by a kernel of the platform or in blocks.
 
-  The blocks: a block of queries reads the keys from the block in which its first segment, or its
-  window, begins to its own end, and nothing before them; how many that are is found out as it runs.
-  The backward pass computes the scores of a block anew (as FlashAttention does, arXiv 2205.14135):
-  no layer keeps T x S numbers.
+  The kernels are `splash` on a TPU and `flash` elsewhere. The blocks: a block of queries reads the
+  keys from the block in which its first segment, or its window, begins to its own end, and nothing
+  before them; how many that are is found out as it runs. The backward pass computes the scores of a
+  block anew (as FlashAttention does, arXiv 2205.14135): no layer keeps T x S numbers.
 
   Args:
     q: float32 [B, T, N, H], rotated.
@@ -51,6 +48,8 @@ def attention(
       neighbours.
     window: a token sees so many of the newest tokens, itself included; 0 is all of them.
     is_local: bool [], whether the window holds; None is True. Only one of the two is computed.
+    path: one of PATHS; 'auto' is the kernel on a TPU and blocks elsewhere. The kernel for GPUs is
+      interpreted on a CPU (for tests); `training.attention_path` says where it can be relied on.
 
   Returns:
     float32 [B, T, N, H].
@@ -61,10 +60,14 @@ def attention(
     window = 0
   if segment_ids is None:
     segment_ids = jnp.zeros((batch, width), jnp.int32)
-  if path() == 'splash':
+  where = platform.name()
+  if path == 'kernel' or (path == 'auto' and where == 'tpu'):
+    kernel = splash.splash_attention
+    if where != 'tpu':
+      kernel = functools.partial(flash.flash_attention, interpret=where == 'cpu')
 
     def run(window):
-      return splash.splash_attention(q, k, v, segment_ids, window=window).astype(jnp.float32)
+      return kernel(q, k, v, segment_ids, window=window).astype(jnp.float32)
 
     return _choose(run, window, is_local)
   kv_heads = k.shape[2]

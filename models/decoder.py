@@ -353,6 +353,7 @@ def forward(
   segment_ids: jax.Array | None = None,
   dropout_rng: jax.Array | None = None,
   remat: str = 'none',
+  attention_path: str = 'auto',
 ) -> jax.Array:
   """Hidden states of whole rows.
 
@@ -366,6 +367,7 @@ def forward(
     dropout_rng: key for the adapter's dropout; None turns it off.
     remat: what the backward pass computes again instead of keeping it: 'none'; 'mlp', all inside
       the feed-forward; 'full', all inside a block but its input.
+    attention_path: as `attention.attention` takes it.
 
   Returns:
     float32 [B, T, D], after the final norm.
@@ -384,7 +386,8 @@ def forward(
 
     def attend(q, k, v):
       k, v = k.astype(config.dtype), v.astype(config.dtype)
-      return attention(q, k, v, segment_ids=segment_ids, window=window, is_local=is_local)
+      return attention(
+        q, k, v, segment_ids=segment_ids, window=window, is_local=is_local, path=attention_path)
 
     own = rotary[window]
     if is_local is not None:

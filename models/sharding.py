@@ -173,6 +173,31 @@ def gather(state: nnx.State, axis: str) -> nnx.State:
   return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def over_rows_and_heads(attend, q, k, v, segment_ids) -> jax.Array:
+  """A kernel of attention, run by each device on its own rows and heads under `jax.set_mesh`.
+
+  Args:
+    attend: of the four arrays, or of a device's part of them.
+    q: [B, T, N, H], T tokens and H numbers a head.
+    k: [B, T, K, H].
+    v: [B, T, K, H].
+    segment_ids: int32 [B, T].
+
+  Returns:
+    `attend`'s [B, T, N, H].
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return attend(q, k, v, segment_ids)
+  # A device keeps whole groups: heads are split only where the key-value heads divide too.
+  heads = spec(('kv_heads',), (k.shape[2],), mesh)[0]
+  rows = spec(('batch',), (q.shape[0],), mesh)[0]
+  heads_spec, rows_spec = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+  return jax.shard_map(
+    attend, mesh=mesh, in_specs=(heads_spec, heads_spec, heads_spec, rows_spec),
+    out_specs=heads_spec, check_vma=False)(q, k, v, segment_ids)
+
+
 def batch_sharding(mesh) -> NamedSharding:
   """Rows of a batch over data and fsdp, the other dimensions replicated."""
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))

@@ -8,7 +8,6 @@ Axes: B batch, T tokens, N query heads, K key-value heads, H head width.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from models import sharding
 
@@ -72,13 +71,4 @@ def splash_attention(
     out = jax.vmap(kernel)(q, k, v, jnp.pad(segment_ids, ((0, 0), (0, pad))))
     return out.transpose(0, 2, 1, 3)[:, :width, :, :head_dim]
 
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return local(q, k, v, segment_ids)
-  # A device keeps whole groups: heads are split only where the key-value heads divide too.
-  heads = sharding.spec(('kv_heads',), (k.shape[2],), mesh)[0]
-  rows = sharding.spec(('batch',), (q.shape[0],), mesh)[0]
-  heads_spec, rows_spec = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-  return jax.shard_map(
-    local, mesh=mesh, in_specs=(heads_spec, heads_spec, heads_spec, rows_spec),
-    out_specs=heads_spec, check_vma=False)(q, k, v, segment_ids)
+  return sharding.over_rows_and_heads(local, q, k, v, segment_ids)

@@ -140,8 +140,8 @@ def test_a_whole_run(rooms, finished):
   assert [line['step'] for line in lines] == list(range(1, record['steps'] + 1))
   assert lines[-1]['loss'] < lines[0]['loss'] - 0.5
   assert 'not_successful 1' in result.stderr
-  assert re.search(
-    r'^training: 13 examples .*, attention=blocks, .* min$', result.stderr, re.MULTILINE)
+  assert re.search(r'^training: 13 examples .* min$', result.stderr, re.MULTILINE)
+  assert re.search(r'^attention=blocks: .*for GPUs and TPUs\.$', result.stderr, re.MULTILINE)
   assert result.stderr.count('attention=') == 1 and record['attention'] == 'blocks'
   assert 'adapter in' in result.stdout
 
@@ -421,6 +421,8 @@ def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
     ({'loss_on': 'thoughts'}, 'loss_on'),
     ({'schedule': 'step'}, 'schedule'),
     ({'remat': 'some'}, 'remat'),
+    ({'attention': 'some'}, 'attention'),
+    ({'attention': 'kernel'}, 'attention=kernel needs'),
     ({'profile_steps': '3'}, 'profile_steps'),
     ({'profile_steps': '3,2'}, 'profile_steps'),
     ({'init_adapter': '/nowhere'}, '/nowhere'),

@@ -34,6 +34,7 @@ def batch_loss(
   dropout_rng: jax.Array | None = None,
   label_smoothing: float = 0.0,
   remat: str = 'none',
+  attention_path: str = 'auto',
   vocab_tile: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Summed loss and hits of one micro-batch, as `packing.Batches` gives it without the A axis.
@@ -51,6 +52,7 @@ def batch_loss(
     segment_ids=batch['segment_ids'],
     dropout_rng=dropout_rng,
     remat=remat,
+    attention_path=attention_path,
   )
   index = batch['loss_index']
   hidden = hidden.reshape(index.shape[0], -1, hidden.shape[-1])
@@ -117,6 +119,7 @@ def make_train_step(
   seed: int,
   label_smoothing: float = 0.0,
   remat: str = 'none',
+  attention_path: str = 'auto',
 ):
   """Compiles-to-be `train_step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
@@ -143,6 +146,7 @@ def make_train_step(
         dropout_rng=jax.random.fold_in(step_rng, index) if use_dropout else None,
         label_smoothing=label_smoothing,
         remat=remat,
+        attention_path=attention_path,
         vocab_tile=vocab_tile,
       )
       return loss / num_tokens, correct / num_tokens

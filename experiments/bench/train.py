@@ -11,6 +11,10 @@ peer's, so that a machine that slows down shows. Speed is of useful tokens: padd
 FLOPs are those that the method needs (forward, input gradients, the adapter's gradients, the head
 on loss tokens, attention within segments), whatever was computed again.
 
+`--attention=kernel,blocks` times our own step both ways, the first against the peer and the others
+beside it, and says how far their losses are apart: so is the kernel for GPUs (models/flash.py) to
+be judged.
+
 A published model, or a folder, trains with its own weights; any other name with random weights and
 random tokens in the episodes' lengths.
 """
@@ -161,6 +165,7 @@ def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def summarise(
   ours: Sequence[Mapping[str, Any]], peers: Sequence[Mapping[str, Any]],
   curves: Mapping[str, Sequence[float]] | None,
+  others: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
   """The record of a run.
 
@@ -168,6 +173,7 @@ def summarise(
     ours: records of our runs; the first one's 'product_rate' and 'flops_per_token' count.
     peers: {'dtype', 'layout', 'compile', 'record'} by setting.
     curves: losses in float32 of 'ours' and 'peer' on the same rows; None where not compared.
+    others: records of our runs with other kinds of attention; one may be {'attention', 'error'}.
   """
   own = rate(ours)
   flops = ours[0]['flops_per_token'] * own['tokens_per_s']
@@ -176,8 +182,17 @@ def summarise(
     'ours': {
       **own, 'by_run': [rate([record])['tokens_per_s'] for record in ours],
       'flops_per_token': ours[0]['flops_per_token'], 'product_flops_per_s': product_rate,
-      'share_of_product_rate': flops / product_rate, 'efficiency': ours[0]['efficiency']},
+      'share_of_product_rate': flops / product_rate, 'efficiency': ours[0]['efficiency'],
+      'attention': ours[0]['attention']},
     'peers': []}
+  for record in others:
+    row = {'attention': record['attention']}
+    if 'error' in record:
+      row['error'] = record['error']
+    else:
+      row |= rate([record])
+      row['largest_loss_gap'] = loss_gap(record['losses'], ours[0]['losses'])
+    found.setdefault('other_attention', []).append(row)
   for peer in peers:
     row = {key: peer[key] for key in ('dtype', 'layout', 'compile')}
     record = peer['record']
@@ -205,7 +220,12 @@ def table(record: Mapping[str, Any]) -> str:
             f'{row["peak_bytes"] / 2**30:>10.2f} GiB')
 
   ours = record['ours']
-  lines.append(line('ours, packed, ' + record['setting']['dtype'], ours))
+  dtype = record['setting']['dtype']
+  lines.append(line(f'ours, packed, {dtype}, {ours["attention"]}', ours))
+  for row in record.get('other_attention', ()):
+    lines.append(line(f'ours, packed, {dtype}, {row["attention"]}', row))
+    if 'error' not in row:
+      lines.append(f'  its losses differ from those above by at most {row["largest_loss_gap"]:.1e}')
   for row in record['peers']:
     mode = 'compiled' if row['compile'] else 'eager'
     lines.append(line(f'PyTorch, {row["layout"]}, {row["dtype"]}, {mode}', row))
@@ -277,13 +297,20 @@ def prepare(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 def run(values: Mapping[str, Any]) -> dict[str, Any]:
   """Measures; `values` are the flags by name."""
+  from models.attention import PATHS
+
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     job = prepare(values, folder)
     job['environment'] = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}  # For both.
     if values['device'] == 'cpu':
       job['environment']['JAX_PLATFORMS'] = 'cpu'
-    ours_job = {**job, 'dtype': values['dtype'], 'layout': 'packed'}
+    attention, *more = values['attention'].split(',')
+    unknown = {attention, *more} - set(PATHS)
+    if unknown:
+      raise errors.UserError(
+        f'--attention={values["attention"]}: give one or more of {", ".join(PATHS)}.')
+    ours_job = {**job, 'dtype': values['dtype'], 'layout': 'packed', 'attention': attention}
     settings = PEER_SETTINGS if values['peer'] == 'pytorch' else ()
     if values['peer_settings']:
       wanted = values['peer_settings'].split(',')
@@ -314,11 +341,17 @@ def run(values: Mapping[str, Any]) -> dict[str, Any]:
           raise errors.UserError(
             f'The float32 runs failed: {exact.get("error") or record.get("error")}')
         curves = {'ours': exact['losses'], 'peer': record['losses']}
+    others = []
+    for path in more:
+      record = run_job('experiments.bench.train_jax', {**ours_job, 'attention': path}, folder)
+      said = record.get('error') or f'{rate([record])["tokens_per_s"]:.0f} tokens/s'
+      print(f'ours, attention={path}: {said}', flush=True)
+      others.append({'attention': path, **record})
     if settings:
       own.append(ours())
   return {
     'setting': {key: values[key] for key in values if key != 'out'} | {'row_len': job['row_len']},
-    **summarise(own, peers, curves),
+    **summarise(own, peers, curves, others),
     'device_name': own[0]['device_name'],
     'measured': summary.measured('experiments.bench.train', _PACKAGES)}
 
@@ -330,11 +363,15 @@ def setting_name(setting: Mapping[str, Any]) -> str:
 
 
 _FLAGS = (
-  'peer', 'peer_settings', 'model', 'device', 'dtype', 'remat', 'row_len', 'batch_rows', 'episodes',
-  'rank', 'steps')
+  'peer', 'peer_settings', 'model', 'device', 'dtype', 'remat', 'attention', 'row_len',
+  'batch_rows', 'episodes', 'rank', 'steps')
 
 
 def main(_) -> None:
+  import jax
+
+  # The runs are processes of their own: a GPU's memory is theirs.
+  jax.config.update('jax_platforms', 'cpu')
   values = {name: flags.FLAGS[name].value for name in _FLAGS}
   record = run(values)
   print(table(record))
@@ -351,6 +388,8 @@ if __name__ == '__main__':
   flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where both train.')
   flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of our products.')
   flags.DEFINE_string('remat', 'none', 'Ours: what the backward pass computes again.')
+  flags.DEFINE_string(
+    'attention', 'auto', 'Ours: auto, blocks or kernel; a comma list times each, first first.')
   flags.DEFINE_integer('row_len', 0, 'Tokens of a packed row; 0: the shortest that packs well.')
   flags.DEFINE_integer('batch_rows', 2, 'Rows of a step; padded batches hold as many tokens.')
   flags.DEFINE_integer('episodes', 400, 'Expert episodes to train on.')

@@ -10,6 +10,7 @@ import numpy as np
 
 from models import cost, decoder, registry, sharding, weights
 from models.lora import LoraConfig
+from training import attention_path as attention_path_lib
 from training import metrics, packing, speed
 from training import optimizer as optimizer_lib
 from training import step as step_lib
@@ -39,9 +40,11 @@ def run(job: dict) -> dict:
   model = _model(job, mesh)
   schedule = optimizer_lib.make_schedule('constant', job['learning_rate'], num_steps, 0.0)
   optimizer = optimizer_lib.make_optimizer(schedule, weight_decay=0.0, clip_norm=1.0)
+  attention_path = attention_path_lib.choose(job['attention'], model.config)
   state, shardings = step_lib.init_state(model, optimizer, mesh)
   train_step = step_lib.make_train_step(
-    model, optimizer, schedule, shardings, mesh, seed=0, remat=job['remat'])
+    model, optimizer, schedule, shardings, mesh, seed=0, remat=job['remat'],
+    attention_path=attention_path)
   place = step_lib.batch_shardings(mesh)
   seconds, tokens, losses = [], [], []
   with jax.set_mesh(mesh):
@@ -62,7 +65,7 @@ def run(job: dict) -> dict:
     'seconds': seconds[warm:], 'tokens': tokens[warm:], 'losses': losses,
     'first_step_s': seconds[0], 'peak_bytes': metrics.memory_bytes(),
     'flops_per_token': flops / rows.num_tokens, 'efficiency': rows.efficiency,
-    'product_rate': speed.product_rate('bfloat16'),
+    'attention': attention_path, 'product_rate': speed.product_rate('bfloat16'),
     'device_name': jax.devices()[0].device_kind}
 
 

@@ -62,14 +62,19 @@ def _record(tokens, seconds, **more):
 
 
 def test_the_best_setting_of_the_peer_counts_and_a_failed_one_is_shown():
-  ours = [_record([100, 100], [1.0, 1.0], flops_per_token=1e6, product_rate=2e8, efficiency=0.9),
-          _record([100, 100], [0.5, 0.5], flops_per_token=1e6, product_rate=4e8, efficiency=0.9)]
+  ours = [_record([100, 100], [1.0, 1.0], flops_per_token=1e6, product_rate=2e8, efficiency=0.9,
+                  attention='kernel', losses=[2.0, 1.0]),
+          _record([100, 100], [0.5, 0.5], flops_per_token=1e6, product_rate=4e8, efficiency=0.9,
+                  attention='kernel', losses=[2.0, 1.0])]
   names = ('dtype', 'layout', 'compile')
   peers = [
     dict(zip(names, ('float32', 'padded', False))) | {'record': _record([50], [1.0])},
     dict(zip(names, ('bfloat16', 'packed', False))) | {'record': _record([80], [1.0])},
     dict(zip(names, ('bfloat16', 'packed', True))) | {'record': {'error': 'no compiler'}}]
-  found = bench.summarise(ours, peers, {'ours': [2.0, 1.0], 'peer': [2.0, 1.01]})
+  others = [
+    {'attention': 'blocks', **_record([60], [1.0], losses=[2.0, 1.02])},
+    {'attention': 'auto', 'error': 'no memory'}]
+  found = bench.summarise(ours, peers, {'ours': [2.0, 1.0], 'peer': [2.0, 1.01]}, others)
   assert found['ours']['tokens_per_s'] == pytest.approx(400 / 3)
   assert found['ours']['by_run'] == [100.0, 200.0]
   assert found['best_peer']['tokens_per_s'] == 80
@@ -78,6 +83,12 @@ def test_the_best_setting_of_the_peer_counts_and_a_failed_one_is_shown():
   assert found['losses']['largest_relative_gap'] == pytest.approx(0.01 / 1.01)
   text = bench.table({**found, 'setting': {'dtype': 'bfloat16'}})
   assert 'failed: no compiler' in text and '1.67 times' in text
+  assert found['other_attention'][0]['tokens_per_s'] == 60
+  assert found['other_attention'][0]['largest_loss_gap'] == pytest.approx(0.02)
+  rows = {line.split(', bfloat16, ')[1].split()[0]: line
+          for line in text.splitlines() if line.startswith('ours, packed, bfloat16, ')}
+  assert rows.keys() == {'kernel', 'blocks', 'auto'} and 'no memory' in rows['auto']
+  assert '2.0e-02' in text
 
 
 @pytest.mark.slow
@@ -93,7 +104,7 @@ def test_both_sides_train_alike_on_a_small_model(tmp_path):
   out = tmp_path / 'out.json'
   done = subprocess.run(
     [sys.executable, '-m', 'experiments.bench.train', f'--model={folder}', '--row_len=2048',
-     '--batch_rows=1', '--episodes=12', '--steps=3', f'--out={out}',
+     '--batch_rows=1', '--episodes=12', '--steps=3', '--attention=blocks,auto', f'--out={out}',
      '--peer_settings=padded-bfloat16-eager,packed-float32-eager'],
     capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -102,6 +113,8 @@ def test_both_sides_train_alike_on_a_small_model(tmp_path):
   assert len(record['losses']['ours']) == 5
   assert len(record['peers']) == 2 and not any('error' in row for row in record['peers'])
   assert record['ratio_to_best_peer'] > 0 and record['ours']['steps'] == 6
+  # On a CPU both are the blocks.
+  assert [row['largest_loss_gap'] for row in record['other_attention']] == [0]
 
 
 def test_an_unknown_setting_is_one_sentence(tmp_path):

@@ -45,7 +45,8 @@ def start(line: list[str], **changes: str) -> subprocess.CompletedProcess:
 def sentences(stderr: str) -> list[str]:
   """The lines of stderr that are neither a progress bar nor what an entry says before its work."""
   lines = [line.strip() for line in re.split(r'[\r\n]+', stderr)]
-  bar = re.compile(r'\|\s*\d+/\d+ \[|^\d+ episodes, about |^episodes: |^training: |^mesh |^remat=')
+  bar = re.compile(
+    r'\|\s*\d+/\d+ \[|^\d+ episodes, about |^episodes: |^training: |^mesh |^(remat|attention)=')
   return [line for line in lines if line and not bar.search(line)]
 
 
