@@ -218,11 +218,11 @@ def fit(
   optimizer = optimizer_lib.make_optimizer(
     schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm
   )
+  attention_path = attention_path_lib.choose(config.attention, model.config)
   # Nothing is written before all of the command has been found good.
   processes.by_first(
     lambda: workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
   )
-  attention_path = attention_path_lib.choose(config.attention, model.config)
   state, shardings = step_lib.init_state(model, optimizer, mesh)
   make_step = functools.partial(
     step_lib.make_train_step,
