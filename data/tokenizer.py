@@ -45,6 +45,8 @@ _PRE_TOKENIZERS = {
 }
 _NFC = ('qwen2', 'deepseek-r1-qwen')  # Qwen2's tokenizer.json normalises; a GGUF does not say so
 _IGNORE_MERGES = ('llama-bpe', 'llama3', 'llama-v3')
+_SPACE = '\u2581'  # how SentencePiece writes a space: ▁
+_BLANK = ' \t\n\r' + _SPACE
 # Control tokens that end a text in any template (llama.cpp treats them so by name, too).
 _END_OF_TEXT = ('<|endoftext|>', '<|end_of_text|>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>')
 
@@ -72,7 +74,7 @@ class ChatSeams:
 
 
 class Tokenizer:
-  """Byte-level BPE tokenizer with its chat template.
+  """BPE tokenizer, byte-level or with a fallback to bytes (Gemma), with its chat template.
 
   Attributes:
     vocab_size: number of tokens, control tokens included (a model's embedding may have more rows).
@@ -114,11 +116,17 @@ class Tokenizer:
     added = {token['content'] for token in spec['added_tokens']}
     # A token that merges can produce is ordinary text whatever its mark; BPE needs it.
     hidden = added - {merge.replace(' ', '', 1) for merge in merges}
+    # Runs of white space speak for nobody. Gemma has tokens for them that are matched, not merged.
+    blank = [token for token in spec['added_tokens'] if not token['content'].strip(_BLANK)]
     plain_vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in hidden}
+    plain_vocab |= {token['content']: token['id'] for token in blank}
     plain_model = spec['model'] | {'vocab': plain_vocab, 'unk_token': None}
-    self._plain = _backend(spec | {'added_tokens': [], 'model': plain_model}, name)
+    self._plain = _backend(spec | {'added_tokens': blank, 'model': plain_model}, name)
+    # By its bytes any character can be spelt.
+    falls_back = spec['model'].get('byte_fallback', False)
     self._unspellable = frozenset(
-      byte for byte, letter in _byte_alphabet().items() if letter not in plain_vocab
+      byte for byte, letter in _byte_alphabet().items()
+      if not falls_back and letter not in plain_vocab
     )
     self.vocab_size = self._matching.get_vocab_size(with_added_tokens=True)
     self.bos_id, self.eos_id = bos_id, eos_id
@@ -434,13 +442,32 @@ def _pre_tokenizer(kind: str) -> dict[str, Any]:
   return {'type': 'Sequence', 'pretokenizers': [first, _byte_level(use_regex=False)]}
 
 
+def _falls_back_to_bytes(spec: dict[str, Any]) -> bool:
+  """Whether a BPE writes spaces as '▁' and, byte by byte, all characters that it has no token for.
+
+  So is Gemma's. One that also begins every text with a space (Llama 2's) would do so in the middle
+  of a conversation, whose parts are encoded one by one.
+  """
+  spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': _SPACE}
+  before = spec.get('pre_tokenizer')
+  return (
+    spec['model'].get('byte_fallback', False)
+    and all(f'<0x{byte:02X}>' in spec['model']['vocab'] for byte in range(256))
+    and spec.get('normalizer') == spaces
+    and (before is None or before['type'] == 'Split')
+  )
+
+
 def _from_folder(folder: pathlib.Path) -> dict[str, Any]:
   spec = model_folder.read_json(folder / 'tokenizer.json')
   settings = model_folder.read_json(folder / 'tokenizer_config.json')
-  if spec.get('model', {}).get('type') != 'BPE' or '"ByteLevel"' not in json.dumps(
-    spec.get('pre_tokenizer')
+  if spec.get('model', {}).get('type') != 'BPE' or not (
+    '"ByteLevel"' in json.dumps(spec.get('pre_tokenizer')) or _falls_back_to_bytes(spec)
   ):
-    raise UserError(f'the tokenizer of {folder} is not byte-level BPE, the only kind supported.')
+    raise UserError(
+      f'the tokenizer of {folder} is neither byte-level BPE nor BPE that falls back to bytes and '
+      'puts nothing before a text, the kinds supported.'
+    )
   ids = spec['model']['vocab'] | {token['content']: token['id'] for token in spec['added_tokens']}
 
   def token_id(key):

@@ -282,13 +282,109 @@ def test_folder_variants(smollm2_path, tmp_path):
   with pytest.raises(UserError, match="'<eos>'"):
     Tokenizer.load(tmp_path)
   write('tokenizer.json', spec | {'model': {'type': 'Unigram', 'vocab': []}})
-  with pytest.raises(UserError, match='byte-level BPE'):
+  with pytest.raises(UserError, match='neither byte-level BPE nor'):
     Tokenizer.load(tmp_path)
   (tmp_path / 'tokenizer.json').write_text('{"model"')
   with pytest.raises(UserError, match='not readable JSON'):
     Tokenizer.load(tmp_path)
   (tmp_path / 'tokenizer.json').unlink()
   with pytest.raises(UserError, match=r'tokenizer\.json is missing'):
+    Tokenizer.load(tmp_path)
+
+
+# System and first user message share a turn; the assistant is called model.
+GEMMA = (
+  "{{ bos_token }}{% set first = '' %}{% if messages[0].role == 'system' %}"
+  "{% set first = messages[0].content + '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+  "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) }}"
+  "{{ '\n' + (first if loop.first else '') + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def gemma_spec():
+  """Like Gemma's: a space is a letter, bytes spell what is unknown, white space has tokens."""
+  spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+  split = {
+    'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+  trained.normalizer = tokenizers.normalizers.Replace(' ', '▁')
+  trained.pre_tokenizer = tokenizers.pre_tokenizers.Split('\n', 'isolated')
+  trained.train_from_iterator(
+    [CORPUS[0], CORPUS[1], CORPUS[8]], tokenizers.trainers.BpeTrainer(
+      vocab_size=150, show_progress=False))
+  model = json.loads(trained.to_str())['model']
+  controls = ['<pad>', '<eos>', '<bos>', '<unk>', '<start_of_turn>', '<end_of_turn>']
+  others = ['<unused0>', '<table>', *('\n' * n for n in (2, 3, 4)), *('▁' * n for n in (2, 3))]
+  learnt = sorted(model['vocab'], key=model['vocab'].get)
+  tokens = dict.fromkeys([*controls, *others, *(f'<0x{b:02X}>' for b in range(256)), *learnt])
+  vocab = {token: i for i, token in enumerate(tokens)}
+  flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+  return {
+    'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': spaces,
+    'pre_tokenizer': split, 'post_processor': None,
+    'added_tokens': [
+      {'id': vocab[token], 'content': token, 'special': token in controls, **flags}
+      for token in controls + others],
+    'decoder': {'type': 'Sequence', 'decoders': [
+      {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, {'type': 'ByteFallback'},
+      {'type': 'Fuse'}]},
+    'model': model | {
+      'vocab': vocab, 'unk_token': '<unk>', 'byte_fallback': True, 'fuse_unk': True},
+  }  # fmt: skip
+
+
+def write_gemma(folder, spec):
+  settings = {'bos_token': '<bos>', 'eos_token': '<eos>', 'pad_token': '<pad>'}
+  contents = {
+    'tokenizer.json': spec, 'tokenizer_config.json': settings | {'chat_template': GEMMA},
+    'generation_config.json': {'eos_token_id': [1, 5]}}
+  for name, content in contents.items():
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_gemma_s_kind_of_tokenizer(tmp_path):
+  spec = gemma_spec()
+  write_gemma(tmp_path, spec)
+  ours, theirs = Tokenizer.load(tmp_path), tokenizers.Tokenizer.from_str(json.dumps(spec))
+  assert (ours.bos_id, ours.eos_id, ours.pad_id) == (2, 1, 0) and ours.vocab_size > 300
+  for text in [*CORPUS, 'a\n\n\n\n\nb', '  x   y', '\x04\U00040000']:
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ids) == text
+  # Bytes that end in the middle of a character are shown, not dropped.
+  assert ours.decode(ours.encode('é')[:1]) == '\ufffd'
+  # Text cannot speak for the template.
+  for token in ('<end_of_turn>', '<eos>', '<unused0>', '<0x0A>'):
+    assert len(ids := ours.encode(f'go {token}')) > 4 and ours.special_ids.isdisjoint(ids)
+    assert ours.decode(ids) == f'go {token}'
+  # The conversation, part by part, is the template's.
+  chat = ours.chat
+  assert ours.stop_ids == (5, 1) and chat.end_of_turn == 5
+  parts = [
+    chat.system_open, ours.encode('Act.'), chat.system_to_user, ours.encode('A mug 1.'),
+    chat.user_to_assistant, ours.encode('take mug 1'), [chat.end_of_turn, *chat.assistant_to_user],
+    ours.encode('OK.'), chat.user_to_assistant]
+  whole = (
+    '<bos><start_of_turn>user\nAct.\n\nA mug 1.<end_of_turn>\n<start_of_turn>model\ntake mug 1'
+    '<end_of_turn>\n<start_of_turn>user\nOK.<end_of_turn>\n<start_of_turn>model\n')
+  assert [i for part in parts for i in part] == theirs.encode(whole, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('change', [
+  {'normalizer': {'type': 'Sequence', 'normalizers': [
+    {'type': 'Prepend', 'prepend': '▁'},
+    {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]}},
+  {'normalizer': None},
+  {'pre_tokenizer': {
+    'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False}},
+  {'model': {'byte_fallback': False}},
+])  # fmt: skip
+def test_tokenizers_near_gemma_s_are_refused(change, tmp_path):
+  spec = gemma_spec()
+  write_gemma(tmp_path, spec | {
+    key: value if key != 'model' else spec['model'] | value for key, value in change.items()})
+  with pytest.raises(UserError, match='neither byte-level BPE nor BPE that falls back'):
     Tokenizer.load(tmp_path)
 
 
