@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models import attention as attention_lib
-from models import decoder, registry, sharding, splash
+from models import decoder, flash, registry, sharding, splash
 from models.lora import LoraConfig
 from training import optimizer as optimizer_lib
 from training import packing
@@ -62,17 +62,19 @@ def gradient(model, rows):
 
 
 def take_path(path, monkeypatch):
-  """The forward pass attends as on a TPU (interpreted), or in several blocks a row."""
+  """The forward pass attends as on a TPU or GPU (interpreted), or in several blocks a row."""
   if path == 'blocks':
     monkeypatch.setattr(attention_lib, 'MIN_BLOCK', 8)
     return
 
-  def as_on_a_tpu(q, k, v, *, segment_ids, window, is_local):
-    assert is_local is None
-    return splash.splash_attention(
+  kernel = {'splash': splash.splash_attention, 'flash': flash.flash_attention}[path]
+
+  def by_kernel(q, k, v, *, segment_ids, window, is_local, path):
+    assert is_local is None and path == 'auto'
+    return kernel(
       q * q.shape[-1]**-0.5, k, v, segment_ids, window=window, interpret=True)
 
-  monkeypatch.setattr(decoder, 'attention', as_on_a_tpu)
+  monkeypatch.setattr(decoder, 'attention', by_kernel)
 
 
 def packed_and_unpacked():
@@ -87,7 +89,7 @@ def packed_and_unpacked():
   return packed, unpacked
 
 
-PATHS = ['blocks', pytest.param('splash', marks=pytest.mark.slow)]
+PATHS = ['blocks', *(pytest.param(name, marks=pytest.mark.slow) for name in ('splash', 'flash'))]
 
 
 @pytest.mark.parametrize('path', PATHS)
