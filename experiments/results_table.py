@@ -24,7 +24,6 @@ from experiments.bench import quantization
 
 _ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
-_BEGIN, _END = '<!-- results: begin -->', '<!-- results: end -->'
 _SEEDS = ('seed0', 'seed1', 'seed2')
 _DIFFERENCES = (
   ('base+hints', 'base'), ('sft', 'base'), ('distilled', 'base'), ('distilled', 'sft'),
@@ -197,8 +196,17 @@ _EXPERIENCE = 'experience_retrieval'
 _CONDITIONS = ('matched', 'mismatched', 'empty', 'all', 'random', 'growing')
 
 
-def experience_tables(records: Sequence[Mapping[str, Any]]) -> str:
-  """Results of experience retrieval, one or several seeds of them, as Markdown."""
+def _experience_seeds() -> list[dict[str, Any]]:
+  return [record for name in _SEEDS if (record := load(name, _EXPERIENCE))]
+
+
+def experience_tables(records: Sequence[Mapping[str, Any]], *, brief: bool = False) -> str:
+  """Results of experience retrieval, one or several seeds of them, as Markdown.
+
+  Args:
+    records: as `experiments.experience_retrieval` makes them.
+    brief: of the differences, those on the hard tasks only.
+  """
   pairs = [(p['a'], p['b']) for p in records[0]['paired']
            if experience_rows.headline((p['a'], p['b']))]
   merged = merge(records, pairs)
@@ -219,6 +227,9 @@ def experience_tables(records: Sequence[Mapping[str, Any]]) -> str:
       if any(cells):
         lines.append(f'| {policy} | ' + ' | '.join(cells) + ' |')
     lines.append('')
+  if brief:
+    lines += [pair_line(pair) for pair in merged['paired'] if pair['a'].startswith('hard/')]
+    return '\n'.join([*lines, '', measured_line(records)])
   for name, costs in experience_rows.collapse(
       {name: row['success_rate'] for name, row in rates.items()}).items():
     lines.append(f'- {name}: the empty index costs ' + ', the mismatched one '.join(
@@ -271,7 +282,7 @@ def evidence() -> str:
     if record:
       own = load(name, 'from_scratch')
       section(title, (f'{decoder_line(own)}\n\n' if own else '') + single(record))
-  seeds = [record for name in _SEEDS if (record := load(name, _EXPERIENCE))]
+  seeds = _experience_seeds()
   if seeds:
     section('Experience retrieval', experience_tables(seeds))
   for path in sorted(RESULTS.glob(f'{_EXPERIENCE}_*.json')):
@@ -290,19 +301,24 @@ def evidence() -> str:
   return '\n\n'.join(parts)
 
 
-def insert(page: str, table: str) -> str:
-  """A page's text with the table between its two markers."""
-  before, _, rest = page.partition(_BEGIN)
-  _, found, after = rest.partition(_END)
+def insert(page: str, table: str, name: str = 'results') -> str:
+  """A page's text with the table between the two markers of that name."""
+  begin, end = (f'<!-- {name}: {word} -->' for word in ('begin', 'end'))
+  before, _, rest = page.partition(begin)
+  _, found, after = rest.partition(end)
   if not found:
-    raise ValueError(f'The page lacks {_BEGIN} ... {_END}.')
-  return f'{before}{_BEGIN}\n{table}\n{_END}{after}'
+    raise ValueError(f'The page lacks {begin} ... {end}.')
+  return f'{before}{begin}\n{table}\n{end}{after}'
 
 
 def pages() -> dict[pathlib.Path, str]:
   """The pages as they have to be for the committed results."""
   pages = {path: insert(path.read_text(), make()) for path, make in (
     (_ROOT / 'README.md', readme_table), (RESULTS / 'README.md', evidence))}
+  seeds = _experience_seeds()
+  if seeds:
+    pages[_ROOT / 'README.md'] = insert(
+      pages[_ROOT / 'README.md'], experience_tables(seeds, brief=True), 'experience')
   record = aot_table.load()
   if record and aot_table.points(record['cells']):
     pages[aot_table.PLOT] = aot_table.plot(record['cells'])

@@ -58,16 +58,19 @@ def test_experience_retrieval_is_policies_by_conditions_over_seeds():
                        {'a': 'hard/exprag_lora+matched', 'b': 'hard/exprag_lora'}],
             'measured': {'machine': 'm', 'date': '2026-01-01', 'command': 'c'}}
 
-  text = results_table.experience_tables([
+  records = [
     record(seed, {
       'easy/lora': [1, 1, 1, 1], 'hard/lora': [0, 0, 0, 1], 'hard/exprag_lora': [0, 0, 1, 1],
-      'hard/exprag_lora+matched': [1, 1, 1, seed]}) for seed in (0, 1)])
+      'hard/exprag_lora+matched': [1, 1, 1, seed]}) for seed in (0, 1)]
+  text = results_table.experience_tables(records)
   assert '| hard: success % (95 % interval) | matched | empty |' in text
   assert '| exprag_lora | 87.5 (' in text and '| lora |  | 25.0 (' in text
   assert '- hard/exprag_lora: the empty index costs 37.5 points' in text
   assert '- hard/exprag_lora+matched - hard/lora: +62.5 points' in text
   assert 'by seed +50.0, +75.0' in text
   assert '- hard/exprag_lora+matched - hard/exprag_lora:' not in text
+  brief = results_table.experience_tables(records, brief=True)
+  assert 'costs' not in brief and '- hard/exprag_lora+matched - hard/lora: +62.5 points' in brief
 
 
 def test_a_filed_result_names_no_folder_of_the_machine(tmp_path, monkeypatch):
