@@ -1,9 +1,7 @@
 """Compiles the real programs for machines that are not there, and says what they will take.
 
   python -m experiments.aot --model=qwen25_14b --topology=v5e:8x8 --program=train
-  python -m experiments.aot --model=qwen25_7b --topology=v6e:2x4 --program=decode --mesh=2,1,4
-  python -m experiments.aot --model=qwen25_7b --topology=h200 --program=decode --slots=256 \\
-    --max_len=8192 --cache_dtype=int8
+  python -m experiments.aot --topology=h200 --program=decode --slots=256 --cache_dtype=int8
 
 The train step, prefill or decode of this repository, Pallas kernels included, by the TPU compiler
 (libtpu, which needs no TPU): memory of a device by part, FLOPs and bytes counted from the
@@ -46,7 +44,6 @@ _FLAGS = {
   'remat': 'What the backward pass computes again: auto, none, mlp, full.',
   'slots': 'Conversations at a time, on all devices; 0 is 32 a data shard.',
   'max_len': 'Tokens that a slot can hold; all of them are attended.',
-  'blocks': 'Prefill blocks at a time.',
   'decode_steps': 'Tokens that a slot samples in one dispatch.',
   'cache_dtype': "Of keys and values: float32, bfloat16, int8; '' is that of the model.",
 }
@@ -350,7 +347,7 @@ def define_flags() -> None:
   flags.DEFINE_string('model', 'qwen25_7b', 'A name of models/registry.py.')
   flags.DEFINE_string(
     'topology', 'v5e:4x4',
-    'Chip and shape of a slice: v4, v5e, v5p, v6e, tpu7x; or a GPU: a100, h100, h200.')
+    'Of v4, v5e, v5p, v6e or tpu7x a shape, too; or a100, h100, h200.')
   flags.DEFINE_enum('program', 'train', PROGRAMS, 'What is compiled.')
   flags.DEFINE_string('mesh', 'auto', 'Sizes data,fsdp,tensor within a slice.')
   flags.DEFINE_integer('slices', 1, 'Slices of that topology, data-parallel.', lower_bound=1)
