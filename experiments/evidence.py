@@ -40,7 +40,8 @@ _DECODER = (
 # retrieval dropout teaches what to do without a memory; that takes 16 steps.
 _EXPERIENCE = dict(
   experience_format='summary', batch_rows=2, rank=32, alpha=64, learning_rate=2e-3, epochs=9,
-  max_env_steps=16, expert_knows='shown', dropout_memory=0.5, dropout_mismatched=0.3,
+  max_env_steps=16, max_calls=44, expert_knows='shown', dropout_memory=0.5,
+  dropout_mismatched=0.3,
   env_options=f'{experience_config.DEFAULTS["env_options"]};expert_in_order:true')
 
 
@@ -76,7 +77,7 @@ class Experiment:
 def _experience(question: str, **changes) -> Experiment:
   values = ','.join(f'{key}={value}' for key, value in {**_EXPERIENCE, **changes}.items())
   return Experiment(
-    question, f'setting=houses,{_SMALL},max_calls=44,{values}', method='experience_retrieval',
+    question, f'setting=houses,{_SMALL},{values}', method='experience_retrieval',
     decoder=_DECODER)
 
 
