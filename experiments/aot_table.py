@@ -32,6 +32,10 @@ _MODELS = {'qwen25_7b': 'Qwen2.5 7B', 'qwen25_14b': 'Qwen2.5 14B'}
 _TOPOLOGIES = ('v5e:4x4', 'v5e:8x8', 'v5e:16x16', 'v5p:2x2x1', 'v5p:4x4x4', 'v5p:8x8x8', 'v6e:2x4',
                'v6e:16x16')
 _SCALING = ('v5e:16x16', (1, 2, 4))
+# Long contexts: four rows at a time, since one for each device of a v6e does not fit.
+_LONG, _LONG_ROWS = 32_768, 4
+_LONG_CELLS = (
+  ('qwen25_7b', 'v5p:2x2x1'), ('qwen25_7b', 'v6e:2x4'), ('qwen25_14b', 'v5p:2x2x1'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +46,19 @@ class Cell:
   program: str
   topology: str
   slices: int = 1
+  row_len: int = 0
+  batch_rows: int = 0
 
   @property
   def name(self) -> str:
-    return f'{self.model}_{self.program}_{self.topology.replace(":", "_")}_s{self.slices}'
+    long = f'_{self.row_len}' if self.row_len else ''
+    return f'{self.model}_{self.program}_{self.topology.replace(":", "_")}_s{self.slices}{long}'
+
+  @property
+  def flags(self) -> list[str]:
+    """Arguments of `experiments.aot`; shapes that are not given are its own."""
+    given = {name: value for name, value in dataclasses.asdict(self).items() if value}
+    return [f'--{name}={value}' for name, value in given.items()]
 
 
 def cells() -> list[Cell]:
@@ -53,8 +66,10 @@ def cells() -> list[Cell]:
   found = [Cell(model, program, topology) for model in _MODELS for program in ('train', 'decode')
            for topology in _TOPOLOGIES]
   topology, slices = _SCALING
+  found += [Cell(model, 'train', topology, n) for model in _MODELS for n in slices if n > 1]
   return found + [
-    Cell(model, 'train', topology, n) for model in _MODELS for n in slices if n > 1]
+    Cell(model, 'train', topology, row_len=_LONG, batch_rows=_LONG_ROWS)
+    for model, topology in _LONG_CELLS]
 
 
 def run(cell: Cell, path: pathlib.Path) -> str:
@@ -63,9 +78,7 @@ def run(cell: Cell, path: pathlib.Path) -> str:
   Raises:
     errors.UserError: the check itself failed; not fitting is a result.
   """
-  command = [sys.executable, '-m', 'experiments.aot', f'--model={cell.model}',
-             f'--program={cell.program}', f'--topology={cell.topology}', f'--slices={cell.slices}',
-             f'--out={path}']
+  command = [sys.executable, '-m', 'experiments.aot', *cell.flags, f'--out={path}']
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   if not path.is_file():
     last = (done.stderr.strip().splitlines() or ['no message'])[-1]
@@ -113,9 +126,9 @@ def _row(cell: Cell, record: Mapping[str, Any]) -> str:
     f'{_range(record, "mfu", lambda x: f"{100 * x:.0f}")} |')
 
 
-def _table(program: str, records: Mapping[str, Any]) -> str:
+def _table(program: str, records: Mapping[str, Any], row_len: int = 0) -> str:
   rows = [_row(cell, records[cell.name]) for cell in cells()
-          if cell.program == program and cell.name in records]
+          if (cell.program, cell.row_len) == (program, row_len) and cell.name in records]
   shape = 'recomputed' if program == 'train' else 'slots'
   return '\n'.join([
     f'| model | slice | devices | data, fsdp, tensor | {shape} | GiB a device | GiB moved, sent | '
@@ -144,7 +157,9 @@ def section(record: Mapping[str, Any]) -> str:
     'Training: LoRA of rank 64, rows of 4,096 tokens, one a device, a quarter of the tokens with a '
     f'loss.\n\n{_table("train", done)}',
     f'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full{_held_twice(done)}.\n\n'
-    f'{_table("decode", done)}']
+    f'{_table("decode", done)}',
+    f'Training on rows of {_LONG:,} tokens, half as many as devices or as many.\n\n'
+    f'{_table("train", done, _LONG)}']
   if points(done):
     parts.append(f'![Training on ever more devices]({PLOT.name})')
   if lacking:
@@ -163,7 +178,8 @@ def points(done: Mapping[str, Any]) -> dict[str, list[tuple[int, float, float]]]
   chip = _SCALING[0].partition(':')[0]
   found = {}
   for model in _MODELS:
-    records = [done[cell.name] for cell in cells() if (cell.model, cell.program) == (model, 'train')
+    records = [done[cell.name] for cell in cells()
+               if (cell.model, cell.program, cell.row_len) == (model, 'train', 0)
                and cell.topology.startswith(f'{chip}:') and cell.name in done]
     line = sorted((r['devices'], r['serial']['tokens_per_s'], r['at_best']['tokens_per_s'])
                   for r in records if 'serial' in r)

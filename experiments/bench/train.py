@@ -7,9 +7,11 @@
 The peer is `transformers` + `peft` in every setting of {float32, bfloat16} x {padded, packed} x
 {eager, torch.compile}; padded is what TRL does by default (to the longest of a batch), packed has a
 block-diagonal mask. Each setting runs in a process of its own; ours runs before and after the
-peer's, so that a machine that slows down shows. Speed is of useful tokens: padding does not count.
-FLOPs are those that the method needs (forward, input gradients, the adapter's gradients, the head
-on loss tokens, attention within segments), whatever was computed again.
+peer's, so that a machine that slows down shows. A setting has a time limit: on CPUs without
+AVX-512 PyTorch's bfloat16 products take a hundred times as long as its float32 ones. Speed is of
+useful tokens: padding does not count. FLOPs are those that the method needs (forward, input
+gradients, the adapter's gradients, the head on loss tokens, attention within segments), whatever
+was computed again.
 
 `--attention=kernel,blocks` times our own step both ways, the first against the peer and the others
 beside it, and says how far their losses are apart: so is the kernel for GPUs (models/flash.py) to
@@ -19,10 +21,12 @@ A published model, or a folder, trains with its own weights; any other name with
 random tokens in the episodes' lengths.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,19 +133,40 @@ def padded_batches(examples: Sequence, size: int, seed: int = 0) -> list[dict[st
 
 
 def run_job(
-  module: str, job: Mapping[str, Any], folder: pathlib.Path, *, python: str = sys.executable
+  module: str, job: Mapping[str, Any], folder: pathlib.Path, *, python: str = sys.executable,
+  limit_s: float | None = None,
 ) -> dict[str, Any]:
-  """Runs one setting in a process of its own; its record, or {'error'} where it failed."""
+  """Runs one setting in a process of its own.
+
+  Args:
+    module: has `run_file(job, out)`, both paths of JSON files.
+    job: what it is given; 'environment' is added to that of the process.
+    folder: for the two files.
+    python: the interpreter.
+    limit_s: seconds after which it is stopped, with the compilers that it started.
+
+  Returns:
+    Its record, or {'error'} where it failed or was stopped.
+  """
   path, out = folder / 'job.json', folder / 'record.json'
   path.write_text(json.dumps(dict(job)))
   out.unlink(missing_ok=True)
-  done = subprocess.run(
+  process = subprocess.Popen(
     [python, '-c', f'from {module} import run_file; run_file({str(path)!r}, {str(out)!r})'],
-    capture_output=True, text=True,
+    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     cwd=pathlib.Path(__file__).parents[2], env=dict(os.environ, **job.get('environment', {})))
-  if done.returncode or not out.exists():
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {'error': lines[-1][:300] if lines else f'exit code {done.returncode}'}
+  try:
+    _, said = process.communicate(timeout=limit_s)
+  except subprocess.TimeoutExpired:
+    return {'error': f'not done after {limit_s:.0f} s'}
+  finally:
+    # Also where the run is interrupted: nothing that it started may go on beside the next one.
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+  if process.returncode or not out.exists():
+    lines = [line for line in said.splitlines() if line.strip()]
+    return {'error': lines[-1][:300] if lines else f'exit code {process.returncode}'}
   return json.loads(out.read_text())
 
 
@@ -330,7 +355,9 @@ def run(values: Mapping[str, Any]) -> dict[str, Any]:
 
     own, peers, curves = [ours()], [], None
     for setting in settings:
-      record = run_job('experiments.bench.train_torch', {**job, **setting}, folder)
+      record = run_job(
+        'experiments.bench.train_torch', {**job, **setting}, folder,
+        limit_s=values['peer_limit_s'])
       said = record.get('error') or f'{rate([record])["tokens_per_s"]:.0f} tokens/s'
       print(f'{setting_name(setting)}: {said}', flush=True)
       peers.append({**setting, 'record': record})
@@ -364,7 +391,7 @@ def setting_name(setting: Mapping[str, Any]) -> str:
 
 _FLAGS = (
   'peer', 'peer_settings', 'model', 'device', 'dtype', 'remat', 'attention', 'row_len',
-  'batch_rows', 'episodes', 'rank', 'steps')
+  'batch_rows', 'episodes', 'rank', 'steps', 'peer_limit_s')
 
 
 def main(_) -> None:
@@ -395,5 +422,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('episodes', 400, 'Expert episodes to train on.')
   flags.DEFINE_integer('rank', 16, 'Of the adapter on all seven projections; alpha is twice that.')
   flags.DEFINE_integer('steps', 12, 'Timed steps.')
+  flags.DEFINE_integer(
+    'peer_limit_s', 1800, 'Seconds for a setting of the peer; a longer one counts as failed.')
   flags.DEFINE_string('out', str(OUT), 'JSON file to write.')
   cli.run(main, required=())

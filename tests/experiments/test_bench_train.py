@@ -1,6 +1,7 @@
 """The measurement of our training against PyTorch: its batches, its sums, one small run."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -115,6 +116,17 @@ def test_both_sides_train_alike_on_a_small_model(tmp_path):
   assert record['ratio_to_best_peer'] > 0 and record['ours']['steps'] == 6
   # On a CPU both are the blocks.
   assert [row['largest_loss_gap'] for row in record['other_attention']] == [0]
+
+
+def test_a_setting_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
+  slow, child = tmp_path / 'python', tmp_path / 'child'
+  slow.write_text(f'#!/bin/sh\nsleep 600 &\necho $! > {child}\nwait\n')
+  slow.chmod(0o755)
+  record = bench.run_job('any', {}, tmp_path, python=str(slow), limit_s=1.0)
+  assert record == {'error': 'not done after 1 s'}
+  state = pathlib.Path(f'/proc/{child.read_text().strip()}/stat')
+  # Gone, or a zombie that nobody has read yet.
+  assert not state.exists() or state.read_text().split()[2] == 'Z'
 
 
 def test_an_unknown_setting_is_one_sentence(tmp_path):
