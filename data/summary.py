@@ -1,11 +1,13 @@
 """What a set of episodes brought: one table row, its interval, and paired differences."""
 
 import collections
+import contextlib
 import datetime
 import importlib.metadata
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,26 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
   return found
 
 
+# What products of a CPU are made with, the fastest first.
+_INSTRUCTIONS = ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2')
+
+
+def machine(cpuinfo: str = '/proc/cpuinfo') -> str:
+  """Returns the CPU in words: its cores, its model, and the fastest instructions of its products.
+
+  Two cores with bfloat16 products train five times as fast as two with AVX2 alone.
+
+  Args:
+    cpuinfo: where Linux tells them; left out where there is none.
+  """
+  found = [platform.machine()]
+  with contextlib.suppress(OSError), open(cpuinfo, encoding='utf-8') as file:
+    fields = dict(re.findall(r'^(model name|flags)\s*: (.*)$', file.read(), re.MULTILINE))
+    flags = fields.get('flags', '').split()
+    found += [fields.get('model name', ''), next((i for i in _INSTRUCTIONS if i in flags), '')]
+  return f'{os.cpu_count()} CPU cores, {", ".join(filter(None, found))}'
+
+
 def measured(module: str, packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
   """Returns what a measurement says of itself: command, machine, date and versions.
 
@@ -39,7 +61,7 @@ def measured(module: str, packages: Sequence[str] = _PACKAGES) -> dict[str, Any]
   """
   return {
     'command': shlex.join(['python', '-m', module, *sys.argv[1:]]),
-    'machine': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+    'machine': machine(),
     'date': datetime.date.today().isoformat(),
     'versions': versions(packages),
   }

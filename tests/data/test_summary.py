@@ -1,5 +1,6 @@
 """Intervals and paired differences against closed forms."""
 
+import os
 import types
 
 import numpy as np
@@ -43,3 +44,14 @@ def test_the_engine_s_line_says_what_was_computed_and_what_copied():
   assert '12,345 tokens prefilled, 400 copied' in line and line.endswith('67 generated')
   line = summary.engine_line(stats | {'verified': 8, 'accepted_per_step': 1.25})
   assert '1.25 of a draft accepted a verifying step' in line
+
+
+def test_a_machine_is_named_with_what_makes_its_products_fast(tmp_path):
+  path = tmp_path / 'cpuinfo'
+  path.write_text('model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512_bf16\n' * 2)
+  said = summary.machine(str(path))
+  assert said.startswith(f'{os.cpu_count()} CPU cores') and said.endswith('AMD EPYC, avx512_bf16')
+  path.write_text('flags\t\t: fpu avx avx2\n')
+  assert summary.machine(str(path)).endswith(', avx2')
+  # No Linux.
+  assert summary.machine(str(tmp_path / 'none')).startswith(f'{os.cpu_count()} CPU cores, ')
