@@ -31,6 +31,8 @@ FREE_KEYS = ('checkpoint_every', 'log_every', 'profile_steps', 'mesh', 'remat', 
 def load_data(config) -> tuple[list, dict[str, int], set[str]]:
   """Examples of all run folders in `config.data`, the rules' counts, the tokenizers' fingerprints.
 
+  Several processes read every n-th episode each, and tell each other what they made of them.
+
   Raises:
     UserError: no folder is named, one holds no episodes, or none of them passes the rules.
   """
@@ -46,9 +48,18 @@ def load_data(config) -> tuple[list, dict[str, int], set[str]]:
     max_examples=config.max_examples,
     seed=config.seed,
   )
-  episodes = [e for folder in folders for e in trajectory.load_episodes(folder)]
-  examples, counts = dataset.build(episodes, rules)
-  return examples, counts, {episode.tokenizer for episode in episodes}
+
+  import jax
+
+  from training import processes
+
+  def read():
+    part = jax.process_index(), jax.process_count()
+    return [dataset.sift(trajectory.load_episodes(folder, part), rules, number, part)
+            for number, folder in enumerate(folders)]
+
+  parts = [part for parts in processes.from_each(read) for part in parts]
+  return dataset.join(parts, rules)
 
 
 def lora_config(config):

@@ -28,6 +28,48 @@ def _body(line: bytes) -> bytes | None:
   return body if line == whole else None
 
 
+def read_episodes(
+  path: str | os.PathLike, part: tuple[int, int] = (0, 1)
+) -> list[schema.Episode]:
+  """The episodes of a journal, or one part of them; nothing is written.
+
+  Args:
+    path: the file; where it is missing, there are none.
+    part: (i, n) for the episodes i, i + n, ...: no other one is parsed.
+
+  Raises:
+    UserError: as `Journal.read`; a broken line also where it is in no part of the caller's.
+  """
+  return _read(pathlib.Path(path), part)[0]
+
+
+def _read(path: pathlib.Path, part: tuple[int, int]) -> tuple[list[schema.Episode], int, int]:
+  """The episodes of a part, torn last lines (0 or 1), and the bytes of the lines before them."""
+  lines = (path.read_bytes() if path.exists() else b'').split(b'\n')
+  if lines[-1] == b'':
+    lines.pop()
+  episodes, good_bytes = [], 0
+  for number, line in enumerate(lines, 1):
+    body = _body(line)
+    if body is None and number == len(lines):
+      return episodes, 1, good_bytes
+    if body is None:
+      raise errors.UserError(
+        f'{path}, line {number}: the record is broken (checksum); delete that line to go on '
+        'without its episode.'
+      )
+    good_bytes += len(line) + 1
+    if (number - 1) % part[1] != part[0]:
+      continue
+    try:
+      episodes.append(schema.Episode.from_json(body))
+    except (KeyError, TypeError, ValueError) as error:
+      raise errors.UserError(
+        f'{path}, line {number}: not an episode of this version ({error}); use another run.'
+      ) from error
+  return episodes, 0, good_bytes
+
+
 class Journal:
   """Append-only episodes of one run.
 
@@ -56,30 +98,7 @@ class Journal:
     Raises:
       UserError: a line other than the last is broken, or a line is no episode of this version.
     """
-    data = self.path.read_bytes() if self.path.exists() else b''
-    lines = data.split(b'\n')
-    ended = lines[-1] == b''
-    if ended:
-      lines.pop()
-    episodes = []
-    self.torn, self._good_bytes = 0, 0
-    for number, line in enumerate(lines, 1):
-      body = _body(line)
-      if body is None and number == len(lines):
-        self.torn = 1
-        break
-      if body is None:
-        raise errors.UserError(
-          f'{self.path}, line {number}: the record is broken (checksum); delete that line to go on '
-          'without its episode.'
-        )
-      try:
-        episodes.append(schema.Episode.from_json(body))
-      except (KeyError, TypeError, ValueError) as error:
-        raise errors.UserError(
-          f'{self.path}, line {number}: not an episode of this version ({error}); use another run.'
-        ) from error
-      self._good_bytes += len(line) + 1
+    episodes, self.torn, self._good_bytes = _read(self.path, (0, 1))
     return episodes
 
   def append(self, episode: schema.Episode) -> None:

@@ -7,6 +7,7 @@ program and every save of a checkpoint, which are collective. `jax.distributed` 
 import contextlib
 import json
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -59,6 +60,32 @@ def by_first(decide: Callable[[], T]) -> T:
   if 'error' in answer:
     raise errors.UserError(answer['error'])
   return answer['value']
+
+
+def from_each(make: Callable[[], T]) -> list[T]:
+  """Calls `make` in every process; every process returns what all of them returned, in their order.
+
+  What they return is pickled and held by every process.
+
+  Raises:
+    UserError: `make` raised it in a process; in every process that of the first one.
+  """
+  if jax.process_count() == 1:
+    return [make()]
+  try:
+    answer = {'value': make()}
+  except errors.UserError as error:
+    answer = {'error': str(error)}
+  own = np.frombuffer(pickle.dumps(answer), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(own.size))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[:own.size] = own
+  rows = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+  answers = [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+  for answer in answers:
+    if 'error' in answer:
+      raise errors.UserError(answer['error'])
+  return [answer['value'] for answer in answers]
 
 
 def anywhere(here: bool) -> bool:

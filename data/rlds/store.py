@@ -45,8 +45,14 @@ def write_tfds(episodes: Iterable[schema.Episode], folder: str | os.PathLike) ->
     shutil.rmtree(work, ignore_errors=True)
 
 
-def read_tfds(folder: str | os.PathLike) -> list[schema.Episode]:
+def read_tfds(
+  folder: str | os.PathLike, part: tuple[int, int] = (0, 1)
+) -> list[schema.Episode]:
   """Episodes of a folder that `write_tfds` wrote, in their order.
+
+  Args:
+    folder: of the data set.
+    part: (i, n) for the episodes i, i + n, ...: no other one is read.
 
   Raises:
     UserError: no such folder, or one of other features.
@@ -60,7 +66,8 @@ def read_tfds(folder: str | os.PathLike) -> list[schema.Episode]:
     raise errors.UserError(f'{folder} is not a TFDS folder: it has no features.json.')
   source = tfds.builder_from_directory(str(folder)).as_data_source(split='train')
   try:
-    return [builder_lib.from_example(source[index]) for index in range(len(source))]
+    indices = range(part[0], len(source), part[1])
+    return [builder_lib.from_example(source[index]) for index in indices]
   except (KeyError, TypeError, ValueError) as error:
     raise errors.UserError(
       f'{folder}: not episodes of this version ({error}); write them again from their journal.'

@@ -220,6 +220,20 @@ def test_journal_survives_sigkill(tmp_path):
   assert len(ids) <= reported + 1
 
 
+def test_a_part_of_a_journal_parses_no_other_line(tmp_path, monkeypatch):
+  written = [make_episode(f'e{i}', num_tokens=8) for i in range(5)]
+  journal = Journal(tmp_path / 'journal.jsonl')
+  for episode in written:
+    journal.append(episode)
+  parsed, parse = [], trajectory.Episode.from_json
+  monkeypatch.setattr(
+    trajectory.Episode, 'from_json', lambda body: parsed.append(body) or parse(body))
+  for i in range(3):
+    assert trajectory.load_episodes(tmp_path, (i, 3)) == written[i::3]
+  assert len(parsed) == len(set(parsed)) == 5
+  assert trajectory.load_episodes(tmp_path, (7, 8)) == []
+
+
 def test_tfds_round_trip_is_exact(tmp_path):
   written = [
     make_episode('e0'),
@@ -232,6 +246,8 @@ def test_tfds_round_trip_is_exact(tmp_path):
   assert trajectory.read_tfds(folder) == written
   assert trajectory.load_episodes(folder) == trajectory.load_episodes(tmp_path) == written
   assert sorted(p.name for p in tmp_path.iterdir()) == ['episodes']
+  assert trajectory.load_episodes(folder, (0, 2)) == written[::2]
+  assert trajectory.load_episodes(folder, (1, 2)) == written[1::2]
   with pytest.raises(UserError, match='No episodes'):
     trajectory.write_tfds([], folder)
 

@@ -74,3 +74,17 @@ def test_bad_rules_and_empty_sets_are_named():
     dataset.Rules(loss_on='thoughts')
   with pytest.raises(UserError, match='1 not_successful'):
     dataset.build([EPISODES[1]], dataset.Rules())
+
+
+@pytest.mark.parametrize('max_examples', [0, 3])
+def test_parts_that_processes_read_make_what_one_makes(max_examples):
+  sources = [[make_episode(f'{name}{i}', success=i % 3 > 0) for i in range(count)]
+             for name, count in (('a', 7), ('b', 2))]
+  rules = dataset.Rules(max_examples=max_examples)
+  whole, counts = dataset.build([*sources[0], *sources[1]], rules)
+  parts = [dataset.sift(source[i::4], rules, number, (i, 4))
+           for i in range(4) for number, source in enumerate(sources)]
+  joined, joined_counts, tokenizers = dataset.join(parts, rules)
+  assert [e.id for e in joined] == [e.id for e in whole] and joined_counts == counts
+  assert counts['episodes'] == 9 and counts['kept'] == (max_examples or 5)
+  assert tokenizers == {sources[0][0].tokenizer}
