@@ -127,7 +127,7 @@ def check(
   else:
     return record | {
       'fits': False, 'memory': parts, 'compile_s': time.perf_counter() - started,
-      'would_fit': would_fit(config, program, len(devices), slices, chip, settings)}
+      'would_fit': would_fit(config, program, dict(grid.shape), chip, settings)}
   record['compile_s'] = time.perf_counter() - started
 
   stats = compiled.memory_analysis()
@@ -149,7 +149,7 @@ def check(
     need -= record['cpu_temporaries']
   record['need_bytes'], record['fits'] = need, need <= chip.program_bytes
   if not record['fits']:
-    record['would_fit'] = would_fit(config, program, len(devices), slices, chip, settings)
+    record['would_fit'] = would_fit(config, program, dict(grid.shape), chip, settings)
   text = compiled.as_text()
   if text_path is not None:
     text_path.write_text(text)
@@ -239,41 +239,51 @@ def _speed(config, program, sizes, chip, settings, record, traffic) -> dict[str,
   }
 
 
-def would_fit(config, program, num_devices, slices, chip, settings) -> list[str]:
-  """What fits by the estimate: other meshes on the same devices, smaller shapes, more devices."""
-  lora = LoraConfig(settings.rank, 2.0 * settings.rank)
-  model = decoder.abstract(config, lora)
+def would_fit(config, program, tried, chip, settings) -> list[str]:
+  """What fits by the estimate: other meshes on the same devices, smaller shapes, more devices.
 
-  def train(devices, **changes):
-    own = dataclasses.replace(settings, **changes)
-    return memory.plans(
-      model, num_devices=devices, slices=slices, memory=chip.program_bytes,
-      batch_rows=own.batch_rows, row_len=own.row_len)[0]
+  Args:
+    config: of the model.
+    program: one of PROGRAMS.
+    tried: sizes of the mesh that was compiled for, which is not among them whatever is estimated.
+    chip: of the devices.
+    settings: shapes that were compiled for.
+  """
+  num_devices, slices = math.prod(tried.values()), tried['slice']
+  model = decoder.abstract(config, LoraConfig(settings.rank, 2.0 * settings.rank))
 
-  def inference(devices, **changes):
+  def best(devices, **changes):
+    """The best plan that fits; None where there is none."""
     own = dataclasses.replace(settings, **changes)
-    plans = aot_programs.inference_plans(config, devices, chip.program_bytes, own)
-    return plans[0] if plans else None
+    if program == 'train':
+      plans = memory.plans(
+        model, num_devices=devices, slices=slices, memory=chip.program_bytes,
+        batch_rows=own.batch_rows, row_len=own.row_len)
+    else:
+      plans = aot_programs.inference_plans(config, devices, chip.program_bytes, own)
+    if not changes:
+      # Of a mesh every kind of remat has been tried, unless one was asked for.
+      plans = [p for p in plans if p.sizes != tried or settings.remat not in ('auto', p.remat)]
+    return next((plan for plan in plans if plan.fits), None)
 
   shown = lambda plan: (
     f'--mesh={",".join(str(size) for axis, size in plan.sizes.items() if axis != "slice")}'
     + (f' --remat={plan.remat}' if program == 'train' else ''))
-  plan = train if program == 'train' else inference
   says = []
-  if (best := plan(num_devices)) and best.fits:
-    says.append(f'{shown(best)} on the same devices')
+  if plan := best(num_devices):
+    says.append(f'{shown(plan)} on the same devices')
   if program == 'train':
     smaller = [{'row_len': settings.row_len // 2**n} for n in range(1, 5)]
   else:
     smaller = [{'slots': settings.slots // 2**n} for n in range(1, 6)]
   for changes in smaller:
-    if min(changes.values()) and (best := plan(num_devices, **changes)) and best.fits:
+    if min(changes.values()) and (plan := best(num_devices, **changes)):
       options = ' '.join(f'--{name}={value}' for name, value in changes.items())
-      says.append(f'{options} {shown(best)} on the same devices')
+      says.append(f'{options} {shown(plan)} on the same devices')
       break
   for times in () if chip.name in chips.GPUS else (2, 4, 8, 16):
-    if (best := plan(num_devices * times)) and best.fits:
-      says.append(f'{shown(best)} on {num_devices * times} devices of the kind')
+    if plan := best(num_devices * times):
+      says.append(f'{shown(plan)} on {num_devices * times} devices of the kind')
       break
   return says
 

@@ -116,12 +116,17 @@ def train_bytes(
     remat: one of `decoder.REMAT`.
   """
   places = batch_rows * row_len // (sizes['slice'] * sizes['data'] * sizes['fsdp'])
-  adapter = shard_bytes(model.lora, sizes)
+  adapter = gradient = shard_bytes(model.lora, sizes)
+  gathered = 0
+  if model.config.frozen and sizes['fsdp'] > 1:
+    # `decoder.forward` gathers it once a step; its gradient is whole, too, until it is scattered.
+    gathered = gradient = shard_bytes(model.lora, {**sizes, 'fsdp': 1})
   return {
     'weights': shard_bytes(model.frozen, sizes),
     'adapter': adapter,
     'optimizer': 2 * adapter,
-    'gradient': adapter,
+    'gathered adapter': gathered,
+    'gradient': gradient,
     'activations': activation_bytes(
       model.config, model.lora_config, places, remat, sizes['tensor']),
     'workspace': workspace_bytes(model.config, places, sizes),

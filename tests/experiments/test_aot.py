@@ -10,7 +10,8 @@ import pytest
 from data.errors import UserError
 from experiments import aot, aot_programs, aot_table, results_table
 from experiments.aot_programs import Settings
-from models import chips, registry, sharding
+from models import chips, decoder, memory, registry, sharding
+from models.lora import LoraConfig
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
@@ -83,6 +84,22 @@ def test_what_does_not_fit_says_what_would():
   assert not record['fits'] and 'exceeds available HBM' in record['refused']['none']
   assert any('--row_len=' in says for says in record['would_fit'])
   assert 'It does NOT fit' in aot.table(record)
+
+
+@pytest.mark.parametrize('remat', ['auto', 'full'])
+def test_what_was_refused_is_not_what_would_fit(remat):
+  config = registry.get_config('qwen25_14b', dtype='bfloat16')
+  chip, settings = chips.CHIPS['v5e'], Settings(batch_rows=64, row_len=2048, remat=remat)
+  model = decoder.abstract(config, LoraConfig(settings.rank, 2.0 * settings.rank))
+  first = memory.plans(
+    model, num_devices=64, slices=1, memory=chip.program_bytes, batch_rows=64, row_len=2048)[0]
+  mesh = ','.join(str(size) for axis, size in first.sizes.items() if axis != 'slice')
+  assert first.fits
+  says = aot.would_fit(config, 'train', first.sizes, chip, settings)
+  assert says and 'on the same devices' in says[0]
+  refused = {f'--mesh={mesh} --remat={name} on the same devices'
+             for name in ((remat,) if remat == 'full' else decoder.REMAT)}
+  assert refused.isdisjoint(says)
 
 
 @needs_libtpu
