@@ -88,10 +88,35 @@ class Labels:
     return f'{self.policy}/{task_id}/seed{self.seed}'
 
 
+@dataclasses.dataclass(frozen=True)
+class Game:
+  """An episode that is to be played.
+
+  Attributes:
+    task: what is played.
+    labels: by whom, for the record.
+    policy: the same for the engine: the index of one of its policies.
+  """
+
+  task: Task
+  labels: Labels
+  policy: int = 0
+
+  @property
+  def id(self) -> str:
+    return self.labels.episode_id(self.task.id)
+
+
+def games(tasks: Sequence[Task], players: Sequence[Labels]) -> list[Game]:
+  """Every task by every player, of whom the first is the engine's policy 0; a task's together."""
+  return [Game(task, labels, i) for task in tasks for i, labels in enumerate(players)]
+
+
 class EpisodeRun:
   """One episode in the making.
 
   Attributes:
+    game, task: what is played.
     done: whether it has ended.
     first_observation: what the environment said at reset.
     error: what an environment exception said, '' without one.
@@ -101,17 +126,16 @@ class EpisodeRun:
 
   def __init__(
     self,
-    task: Task,
+    game: Game,
     make_environment: Callable[[Task], Environment],
     tokenizer: Tokenizer,
     spec: AgentSpec,
-    labels: Labels,
     *,
     action_templates: Sequence[str] = (),
     memory: memory_lib.Memory = memory_lib.NO_MEMORY,
     examples: Sequence[prompts.Example] = (),
   ):
-    self.task = task
+    self.game, self.task = game, game.task
     self.done = False
     self.error = ''
     self.first_observation = ''
@@ -120,7 +144,6 @@ class EpisodeRun:
     self._tokenizer = tokenizer
     self._spec = spec
     self._take_limits(Limits())
-    self._labels = labels
     self._format = formats.get_format(spec.format)
     self._templates = action_templates
     self._memory = memory
@@ -316,12 +339,11 @@ class EpisodeRun:
     total = {
       name: sum(getattr(step, name) for step in self._steps)
       for name in ('prompt_tokens', 'prefilled_tokens', 'generated_tokens')}
-    success = self._termination == 'success'
+    success, labels = self._termination == 'success', self.game.labels
     return trajectory.Episode(
-      id=self._labels.episode_id(self.task.id), task_id=self.task.id, env=self.task.env,
-      task_type=self.task.task_type, split=self._labels.split,
-      instruction=self.task.instruction, seed=self._labels.seed, policy=self._labels.policy,
-      agent=self._spec.format, memory=self._memory.kind, model=self._labels.model,
+      id=self.game.id, task_id=self.task.id, env=self.task.env, task_type=self.task.task_type,
+      split=labels.split, instruction=self.task.instruction, seed=labels.seed,
+      policy=labels.policy, agent=self._spec.format, memory=self._memory.kind, model=labels.model,
       tokenizer=self._tokenizer.fingerprint, tokens=self._tokens, kinds=self._kinds,
       logprobs=self._logprobs, steps=self._steps, success=success,
       # A win that brought no reward at all is worth the whole of it.

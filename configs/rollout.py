@@ -20,6 +20,7 @@ DEFAULTS = dict(
   model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # weights: '' published, 'random', or a path
   adapter='',  # PEFT folder, the adapter/ of a training run; '' is none
+  adapters='',  # NAME:FOLDER;NAME:FOLDER play the same tasks side by side; NAME: is the base
   tokenizer='',  # path; '' is that of the weights
   shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
   policy='',  # name in the record; '' is 'expert', 'adapter' or 'base'

@@ -49,7 +49,8 @@ def play(tokenizer, workdir, script, **options):
     tokenizer, script, overflow=ContextOverflow, completion=Completion,
     num_slots=options.pop('num_slots', 3))
   episodes = runner.play(
-    engine, tokenizer, SUITE, tasks, SPEC, LABELS, workdir, progress=False, **options)
+    engine, tokenizer, SUITE, episode_lib.games(tasks, [LABELS]), SPEC, workdir, progress=False,
+    **options)
   return episodes, engine
 
 

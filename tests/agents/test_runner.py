@@ -24,13 +24,17 @@ def engine(tokenizer, answers=script, **options):
     **options)
 
 
+def games(suite, players=(LABELS,)):
+  return episode_lib.games(suite.tasks('test'), players)
+
+
 def play(tokenizer, workdir, answers=script, *, count=10, spec=SPEC, suite=None, memories=None,
          progress=False, **options):
   suite = suite or fakes.LeverSuite(count)
   played = engine(tokenizer, answers, **options)
   return runner.play(
-    played, tokenizer, suite, suite.tasks('test'), spec, LABELS, workdir, memories=memories,
-    progress=progress), played
+    played, tokenizer, suite, games(suite), spec, workdir, memories=memories, progress=progress
+  ), played
 
 
 @pytest.mark.parametrize('num_slots', [1, 3, 16])
@@ -184,8 +188,8 @@ def test_after_each_episode_the_caller_is_told(tokenizer, tmp_path):
   suite, labels = fakes.LeverSuite(4), episode_lib.Labels('expert', 'expert', 'train', 0)
   told = []
   runner.play(
-    engine(tokenizer), tokenizer, suite, suite.tasks('test'), SPEC, LABELS, tmp_path / 'a',
-    progress=False, after_episode=lambda: told.append('played'))
+    engine(tokenizer), tokenizer, suite, games(suite), SPEC, tmp_path / 'a', progress=False,
+    after_episode=lambda: told.append('played'))
   runner.play_each(
     lambda task: expert_episodes.expert_episode(suite, task, tokenizer, SPEC, labels),
     suite.tasks('train'), labels, tmp_path / 'b', progress=False,

@@ -31,7 +31,8 @@ def play(tokenizer, suite, tasks, workdir, replies=('look', 'inventory', 'dance'
     tokenizer, script, max_len=9000, overflow=engine_lib.ContextOverflow,
     completion=engine_lib.Completion)
   return runner.play(
-    played, tokenizer, suite, tasks, SPEC, LABELS, workdir, progress=False, **options)
+    played, tokenizer, suite, episode_lib.games(tasks, [LABELS]), SPEC, workdir, progress=False,
+    **options)
 
 
 def without_seconds(episodes):
