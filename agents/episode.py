@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,9 @@ from agents import formats, prompts
 from agents import memory as memory_lib
 from data import errors, trajectory
 from data import text as text_lib
+from data.replies import Replies, Trie
 from data.tokenizer import Tokenizer
-from envs.base import FAULTS, Environment, Limits, Task, limits_of, openings_of
-
-if TYPE_CHECKING:
-  # JAX comes with it, which a command's first checks need not wait for.
-  from inference import Trie
+from envs.base import FAULTS, Environment, Limits, Task, allowed_replies, limits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +154,6 @@ class EpisodeRun:
     self._kinds: list[int] = []
     self._logprobs: list[float] = []
     self._submitted = 0
-    self._encoded: dict[str, list[int]] = {}
     self._steps: list[trajectory.Step] = []
     self._counts: collections.Counter[str] = collections.Counter()
     self._answers: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -244,30 +241,13 @@ class EpisodeRun:
     """
     if not self._spec.constrained:
       return None
-    from inference import Trie
-
     try:
-      commands = self._environment.admissible_commands()
-      openings = openings_of(self._environment)
+      return allowed_replies(self._environment, _replies(self._tokenizer, self._spec))
+    except errors.UserError:
+      raise
     except FAULTS as error:
       self._fail(error)
       return None
-    end = self._tokenizer.chat.end_of_turn
-    openings = [self._encode(text) for text in (*openings, *self._format.openings)]
-    replies = [[*self._encode(text), end] for text in commands]
-    if not replies and not openings:
-      return None
-    for text, reply in zip(commands, replies):
-      if len(reply) > self._spec.max_new_tokens:
-        raise errors.UserError(
-          f'The command {text!r} has {len(reply)} tokens with the one that ends it, and '
-          f'max_new_tokens is {self._spec.max_new_tokens}; set it to that or more.')
-    return Trie(replies, openings)
-
-  def _encode(self, text: str) -> list[int]:
-    if text not in self._encoded:
-      self._encoded[text] = self._tokenizer.encode(text)
-    return self._encoded[text]
 
   @property
   def opening(self) -> int:
@@ -428,6 +408,12 @@ class EpisodeRun:
     except FAULTS as error:
       # How the episode ended stands; that its environment could not be closed is shown.
       self.error = self.error or f'while closing: {type(error).__name__}: {error}'
+
+
+@functools.lru_cache(maxsize=4)
+def _replies(tokenizer: Tokenizer, spec: AgentSpec) -> Replies:
+  """Of all episodes of an agent: what they have tokenised is kept, and sent to workers once."""
+  return Replies(tokenizer, formats.get_format(spec.format).openings, spec.max_new_tokens)
 
 
 def _text(observation: Any) -> str:

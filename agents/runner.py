@@ -1,12 +1,16 @@
 """Plays episodes over the slots of one engine and keeps each the moment it ends.
 
-S slots play S episodes at once; a slot whose episode ends takes the next task before the next
-dispatch. A run that is stopped and started again goes on with the tasks that its journal lacks.
+S slots play S episodes at once; a slot whose episode ends takes the next game before the next
+dispatch. Environments in processes of their own work at the same time, each with what its slot
+needs next: the answer to a command, and the mask of the replies to it. A run that is stopped and
+started again goes on with the games that its journal lacks.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import contextlib
 import functools
 import math
 import pathlib
@@ -14,7 +18,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +33,7 @@ from envs.base import Suite, Task
 
 if TYPE_CHECKING:
   # JAX comes with it, which a command's --help and its first checks need not wait for.
-  from inference.engine import Engine
+  from inference import Completion, Engine
 
 # Dynamic retrieval: the memories of runs, asked before each of their calls.
 Recall = Callable[[Sequence[episode_lib.EpisodeRun]], Sequence[memory_lib.Memory]]
@@ -81,36 +85,38 @@ def play(
     print(_prediction(engine, spec, keeper, new_run(waiting[0])), file=sys.stderr, flush=True)
   slots: list[episode_lib.EpisodeRun | None] = [None] * engine.num_slots
 
-  def refill(slot: int) -> None:
-    """Puts the next task whose game starts into the slot."""
-    slots[slot] = None
-    while waiting and slots[slot] is None:
-      run = new_run(waiting.popleft())
-      run.start()
-      if run.done:
-        keeper.keep(run)
-      else:
-        slots[slot] = run
+  def refill(empty: list[int]) -> None:
+    """Puts the next games that start into the slots."""
+    while empty and waiting:
+      runs = [new_run(waiting.popleft()) for _ in range(min(len(empty), len(waiting)))]
+      each(episode_lib.EpisodeRun.start, runs)
+      for run in runs:
+        if run.done:
+          keeper.keep(run)
+        else:
+          slots[empty.pop(0)] = run
 
   def advance(ready: list[int]) -> None:
-    """Gives the engine the new tokens of slots; an ended episode makes room for the next task."""
+    """Gives the engine the new tokens of slots; an ended episode makes room for the next game."""
     while ready:
-      for slot in ready:
-        run = slots[slot]
-        if run is None or run.done:
-          if run is not None:
-            keeper.keep(run)
-          refill(slot)
+      empty = [slot for slot in ready if slots[slot] is None or slots[slot].done]
+      for slot in empty:
+        if slots[slot] is not None:
+          keeper.keep(slots[slot])
+          slots[slot] = None
+      refill(empty)
       ready = [slot for slot in ready if slots[slot] is not None]
       if recall is not None and ready:
         runs = [slots[slot] for slot in ready]
         for run, memory in zip(runs, recall(runs), strict=True):
           run.remember(memory)
       overflown = []
-      for slot in ready:
+      masks = [None] * len(ready)
+      if spec.constrained:
+        masks = each(episode_lib.EpisodeRun.allowed, [slots[slot] for slot in ready])
+      for slot, allowed in zip(ready, masks, strict=True):
         run = slots[slot]
         fresh, keep, game = not run.steps, run.kept, run.game
-        allowed = run.allowed()
         if run.done:  # its environment broke
           overflown.append(slot)
           continue
@@ -123,16 +129,33 @@ def play(
           overflown.append(slot)
       ready = overflown
 
-  with keeper:
+  def receive(completion: Completion) -> None:
+    slots[completion.slot].receive(
+      completion.tokens, completion.logprobs, stop_reason=completion.stop_reason,
+      prefilled_tokens=completion.prefilled_tokens)
+
+  with keeper, _at_once(suite) as each:
     advance(list(range(engine.num_slots)))
     while any(slots):
       completions = engine.step()
-      for completion in completions:
-        slots[completion.slot].receive(
-          completion.tokens, completion.logprobs, stop_reason=completion.stop_reason,
-          prefilled_tokens=completion.prefilled_tokens)
+      each(receive, completions)
       advance([completion.slot for completion in completions])
   return keeper.finish()
+
+
+@contextlib.contextmanager
+def _at_once(suite: Suite) -> Iterator[Callable[[Callable, Sequence], list]]:
+  """A `map` over things that ask environments: at the same time, where these can answer so."""
+  threads = getattr(suite, 'parallel', 1)
+  if threads == 1:
+    yield lambda function, things: [function(thing) for thing in things]
+    return
+  pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix='environment')
+  try:
+    yield lambda function, things: list(pool.map(function, things))
+  finally:
+    # Who is interrupted does not wait for an environment that hangs.
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check_first_prompt(

@@ -32,11 +32,12 @@ import jax
 import numpy as np
 
 from data.errors import UserError
+from data.replies import Trie
 from inference import lengths, prefixes, programs
 from inference.lookup import Acceptance, LookupConfig, pays
 from inference.results import Completion, ContextOverflow, Stats
 from inference.sampling import GREEDY, SamplingConfig
-from inference.trie import Tables, Trie
+from inference.trie import Tables
 from models import adapters, decoder, memory
 from models.kv_cache import KVCache
 

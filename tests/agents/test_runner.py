@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import threading
 
 import pytest
 
@@ -51,6 +52,25 @@ def test_slots_do_not_change_what_is_played(tokenizer, tmp_path):
   one, _ = play(tokenizer, tmp_path / 'one', num_slots=1)
   four, _ = play(tokenizer, tmp_path / 'four', num_slots=4)
   for a, b in zip(one, four):
+    a.wall_s = b.wall_s = 0.0
+    assert a == b
+
+
+def test_environments_that_can_are_asked_at_the_same_time(tokenizer, tmp_path):
+  suite, calm = fakes.LeverSuite(6), fakes.LeverSuite(6)
+  suite.parallel = 2
+  first_two = [threading.Barrier(2, timeout=10).wait] * 2
+
+  class Waiting(fakes.LeverEnvironment):
+    def reset(self):
+      if first_two:
+        first_two.pop()()
+      return super().reset()
+
+  suite.make = Waiting
+  played, _ = play(tokenizer, tmp_path / 'at once', suite=suite, num_slots=2)
+  alone, _ = play(tokenizer, tmp_path / 'in turn', suite=calm, num_slots=2)
+  for a, b in zip(played, alone, strict=True):
     a.wall_s = b.wall_s = 0.0
     assert a == b
 

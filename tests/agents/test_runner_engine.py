@@ -8,7 +8,7 @@ import pytest
 from agents import episode as episode_lib
 from agents import expert_episodes, runner
 from data import errors
-from envs import get_suite
+from envs import get_suite, workers
 from inference import Engine, SamplingConfig
 from models import decoder, registry
 from tests.agents import fakes
@@ -99,6 +99,24 @@ def test_every_action_of_a_constrained_agent_is_admissible(tokenizer, make_engin
     engine, tokenizer, free, episode_lib.games(free.tasks('test'), [LABELS]), episode_lib.AgentSpec(
       agent, max_env_steps=2, max_calls=2, max_new_tokens=8), tmp_path / 'free', progress=False)
   assert not any(admissible for _, admissible in free.seen)
+
+
+def test_masks_built_in_workers_restrict_to_the_same_tokens(tokenizer, make_engine, tmp_path):
+  spec = episode_lib.AgentSpec(
+    'react', max_env_steps=3, max_calls=4, max_new_tokens=60, constrained=True)
+  options = {'skills': 'loop', 'num_valid': 3}
+  house = get_suite('household', **options)
+  pool = workers.WorkerSuite(house, 'household', options, workers=2)
+  games = episode_lib.games(house.tasks('valid_seen'), [LABELS])
+  engine, played = make_engine(), []
+  for name, suite in (('here', house), ('elsewhere', pool)):
+    played.append(runner.play(
+      engine, tokenizer, suite, games, spec, tmp_path / name, progress=False))
+    engine.forget()
+  pool.close()
+  assert pool.counts['started'] == 2
+  for ours, theirs in zip(*played, strict=True):
+    assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.env_steps == theirs.env_steps
 
 
 def test_what_cannot_be_constrained_is_told(tokenizer, make_engine, tmp_path):

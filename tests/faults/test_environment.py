@@ -149,7 +149,7 @@ def test_an_environment_that_dies_takes_no_run_with_it(tokenizer, tmp_path, caps
   assert kept == {e.task_id: e.env_restarts for e in episodes}
   row = summary.row(
     episodes, id='base', policy='base', memory='none', split='train', seed=0)
-  rollout.show(tmp_path, {'rows': [row]})
+  rollout.show(tmp_path, {'rows': [row], 'paired': []})
   number = sum(kept.values())
   assert row['env_restarts'] == number and f'{number} time(s) an episode was played again' in (
     capsys.readouterr().out)
