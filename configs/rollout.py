@@ -5,7 +5,9 @@
 
 Writes to the workdir: config.json, journal.jsonl (an episode is safe the moment it ends), episodes/
 (TFDS, RLDS form) and summary.json. The same command again goes on where the run was stopped. With
-`agent=expert` the scripted expert plays, through the same schema.
+`agent=expert` the scripted expert plays, through the same schema. With `adapters` several policies
+play the same tasks over one copy of the base; the summary has each one's row, and its paired
+difference from the first.
 """
 
 from collections.abc import Mapping
