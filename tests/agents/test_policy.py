@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -36,12 +38,12 @@ def test_an_adapter_goes_on_the_same_base(base, tmp_path):
     np.testing.assert_array_equal(value, decoder.to_params(adapted.lora)[name])
 
 
-def test_policies_lie_side_by_side_over_one_base(base, tokenizer_path, tmp_path):
+def test_policies_lie_side_by_side_over_one_base(base, tmp_path):
   folders = ['']
   for rank, targets in ((2, ('q', 'down')), (3, lora.TARGETS)):
     config = lora.LoraConfig(rank, 6.0, targets=targets)
-    params = decoder.to_params(decoder.create(base.config, config, seed=rank).lora)
-    params = {name: np.asarray(value) for name, value in params.items()}
+    shapes = decoder.to_params(decoder.abstract(base.config, config).lora)
+    params = {name: np.full(x.shape, rank, np.float32) for name, x in shapes.items()}
     folders.append(str(tmp_path / str(rank)))
     weights.export_peft(folders[-1], base.config, config, params, 'tiny')
   several = base.policies(folders)
@@ -56,8 +58,8 @@ def test_policies_lie_side_by_side_over_one_base(base, tokenizer_path, tmp_path)
   assert all(held[k] is v for k, v in decoder.to_params(base.model().frozen).items())
   assert base.policies(folders[1:2]).lora_config.rank == 2
   # A quantised base is dequantised, as where one adapter is merged.
-  coded = policy.load_base(
-    'qwen25_7b', 'random', tokenizer=tokenizer_path, shrink=True, seed=3, base_quantization='int8')
+  coded = dataclasses.replace(
+    base, config=dataclasses.replace(base.config, base_quantization='int8'), params=held)
   several = coded.policies(folders)
   assert several.model.config.base_quantization == 'none'
   name = 'blocks.mlp.up.kernel'
