@@ -52,7 +52,7 @@ class EnvironmentFault(RuntimeError):
 
 
 class EnvironmentDied(RuntimeError):
-  """An environment whose worker died twice in one episode."""
+  """An environment whose worker died twice in one episode, or whose suite was closed."""
 
 
 class _Gone(Exception):
@@ -126,6 +126,7 @@ class WorkerSuite:
     self._recycle_games, self._growth_mb = recycle_games, growth_mb
     self._exclusive = bool(getattr(suite, 'exclusive', False))
     self._workers: list[_Worker] = []
+    self._closed = False
     self._lock = threading.Lock()
     self._keys = itertools.count()
     self.counts: collections.Counter[str] = collections.Counter()
@@ -141,8 +142,9 @@ class WorkerSuite:
     return RemoteEnvironment(self, task, next(self._keys), self._timeout)
 
   def close(self) -> None:
-    """Ends all workers, and the suite's own programs."""
+    """Ends all workers, and the suite's own programs; whoever waits for an answer is told."""
     with self._lock:
+      self._closed = True
       _stop_all(self._workers)
     if close := getattr(self._suite, 'close', None):
       close()
@@ -150,6 +152,8 @@ class WorkerSuite:
   def take(self) -> _Worker:
     """A worker with room for one more environment, whose place it then holds."""
     with self._lock:
+      if self._closed:
+        raise EnvironmentDied('its workers were ended')
       self._workers[:] = [worker for worker in self._workers if not worker.dead]
       active = [worker for worker in self._workers if not worker.retiring]
       free = [worker for worker in active if not worker.live]

@@ -121,6 +121,27 @@ def test_masks_are_built_again_by_a_worker_that_took_over(make_pool, tmp_path, r
     base.allowed_replies(environment, short)
 
 
+def test_who_waits_for_a_pool_that_is_closed_is_told(make_pool):
+  pool, raised = make_pool(), []
+  environment = pool.make(hostile.task(fault='hangs'))
+  environment.reset()
+
+  def step():
+    try:
+      environment.step('now')
+    except workers.EnvironmentDied as error:
+      raised.append(str(error))
+
+  thread = threading.Thread(target=step, daemon=True)
+  thread.start()
+  while not environment._worker._lock.locked():
+    time.sleep(0.01)
+  pool.close()
+  thread.join(30)
+  # No other worker was started to hang in its place.
+  assert raised == ['its workers were ended'] and pool.counts['started'] == 1
+
+
 @pytest.mark.parametrize('fault, what', [
   ('is killed', 'crashed'),
   pytest.param('exits', 'crashed', marks=pytest.mark.slow),
