@@ -180,6 +180,7 @@ def run(
   if 'hints' in kinds and not config.bank:
     raise errors.UserError('memory=hints needs bank=FILE, the bank of python -m retrieval.hints.')
   check_experiences(config)
+  adapters = choose_policies(config)
   if config.grow and share.count > 1:
     raise errors.UserError(
       'With grow the order of the episodes counts; play them in one process (num_processes=1).')
@@ -189,7 +190,7 @@ def run(
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
   tasks = choose_tasks(suite, config.split, config.episodes, config.skip)
-  if found := _finished_summary(workdir, tasks):
+  if found := _finished_summary(workdir, tasks, list(adapters)):
     show(workdir, found)
     return
   index = experiences = None
@@ -209,7 +210,8 @@ def run(
     model_name = 'expert'
     tokenizer = policy_lib.load_tokenizer(config.model, config.base, config.tokenizer)
   else:
-    policy_lib.check_adapter(config.adapter)
+    for folder in adapters.values():
+      policy_lib.check_adapter(folder)
     if base is None:
       base = policy_lib.load_base(
         config.model, config.base, tokenizer=config.tokenizer, shrink=config.shrink,
@@ -240,10 +242,9 @@ def run(
       exclude={task.id for task in tasks}, thoughts=config.expert_thoughts)
 
   # 4. Play.
-  policy = config.policy or (
-    experience_lib.ERRING_EXPERT if config.expert_error_rate else 'expert' if expert else
-    'adapter' if config.adapter else 'base')
-  labels = episode_lib.Labels(policy, model_name, config.split, config.seed)
+  players = [
+    episode_lib.Labels(name, model_name, config.split, config.seed) for name in adapters]
+  labels, games = players[0], episode_lib.games(tasks, players)
   if not expert:
     runner.check_first_prompt(
       config.max_context, tokenizer, suite, tasks, spec, labels, memories=memories,
@@ -251,12 +252,12 @@ def run(
     from inference import Engine, SamplingConfig
     mesh, slots = choose_mesh(config.mesh, base.config, config.slots), config.slots
     if mesh is None:
-      slots = min(slots, -(-len(tasks) // share.count))
+      slots = min(slots, -(-len(games) // share.count))
     engine = Engine(
-      base.model(config.adapter, mesh=mesh), num_slots=slots + -slots % config.slot_groups,
-      max_len=config.max_context, stop_ids=tokenizer.stop_ids,
-      sampling=SamplingConfig(temperature=config.temperature), mesh=mesh,
-      share_prefixes=config.share_prefixes, groups=config.slot_groups,
+      base.policies(list(adapters.values()), mesh=mesh),
+      num_slots=slots + -slots % config.slot_groups, max_len=config.max_context,
+      stop_ids=tokenizer.stop_ids, sampling=SamplingConfig(temperature=config.temperature),
+      mesh=mesh, share_prefixes=config.share_prefixes, groups=config.slot_groups,
       **policy_lib.engine_options(config))
   # Last of all that bad input can stop: from here on the folder refuses every other config.
   with shares.locked(workdir) if share.count > 1 else contextlib.nullcontext():
@@ -266,7 +267,7 @@ def run(
     shares.take_over(workdir)
   else:
     playing = shares.Playing(folder)
-  own = share.tasks(workdir, tasks, labels)
+  own = share.games(workdir, games)
   clock = workdir_lib.WallClock(folder, started=started)
   erring = {'error_rate': config.expert_error_rate} if config.expert_error_rate else {}
   played = {
@@ -283,13 +284,13 @@ def run(
           examples=examples.get(task.task_type, ()),
           known_rules=envs_base.rules_of(suite, task) if config.expert_knows_rules else (),
           **erring),
-        own, labels, folder, after_episode=clock.save)
+        [game.task for game in own], labels, folder, after_episode=clock.save)
     else:
       play = functools.partial(
-        runner.play, engine, tokenizer, suite, spec=spec, labels=labels, workdir=folder,
-        examples=examples, **played)
+        runner.play, engine, tokenizer, suite, spec=spec, workdir=folder, examples=examples,
+        **played)
       if config.grow:
-        episodes = play_and_remember(play, tasks, memory, config.grow, workdir)
+        episodes = play_and_remember(play, games, memory, config.grow, workdir)
       else:
         episodes = play(own, memories=memories)
   finally:
@@ -297,16 +298,23 @@ def run(
     if close := getattr(suite, 'close', None):
       close()
 
-  # 5. The row.
+  # 5. The rows.
   counted = {
     'wall_s': clock.seconds(), 'engine': {} if expert else engine.stats.as_dict(),
     'env_workers': suite.summary() if isinstance(suite, workers.WorkerSuite) else {}}
 
   def write(episodes: Sequence[trajectory.Episode], **more: Any) -> None:
-    row = summary.row(
-      episodes, id=policy if config.memory == 'none' else f'{policy}+{config.memory}',
-      policy=policy, memory=config.memory, split=config.split, seed=config.seed)
-    written = {'rows': [row], 'paired': [], 'versions': summary.versions(), **more}
+    by_row = {
+      name if config.memory == 'none' else f'{name}+{config.memory}':
+      [episode for episode in episodes if episode.policy == name] for name in adapters}
+    rows = [
+      summary.row(own, id=id_, policy=own[0].policy, memory=config.memory, split=config.split,
+                  seed=config.seed)
+      for id_, own in by_row.items()]
+    # Each against the first, over the same tasks.
+    (first, before), *others = by_row.items()
+    pairs = [summary.paired(own, before, a_id=id_, b_id=first) for id_, own in others]
+    written = {'rows': rows, 'paired': pairs, 'versions': summary.versions(), **more}
     workdir_lib.write_json(workdir / 'summary.json', written)
     show(workdir, written)
 
@@ -316,10 +324,10 @@ def run(
   shares.record(folder, counted)
   with shares.locked(workdir):
     playing.end()
-    if before := _finished_summary(workdir, tasks):
+    if before := _finished_summary(workdir, tasks, list(adapters)):
       show(workdir, before)
       shares.clean(workdir)
-    elif found := shares.gather(workdir, [labels.episode_id(task.id) for task in tasks]):
+    elif found := shares.gather(workdir, [game.id for game in games]):
       episodes, records = found
       write(
         episodes, wall_s={'rollout': max(r['wall_s'] for r in records)}, processes=records)
@@ -327,6 +335,30 @@ def run(
     else:
       print(f'process {share.index} of {share.count} has played its {len(own)} episodes; others '
             'are left', file=sys.stderr)
+
+
+def choose_policies(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Name in the record -> PEFT folder ('' for the base) of all that play, checked.
+
+  Raises:
+    errors.UserError: `adapters` names one policy, or stands beside a key that says who plays.
+  """
+  expert = config.agent == 'expert'
+  if not config.adapters:
+    return {config.policy or (
+      experience_lib.ERRING_EXPERT if config.expert_error_rate else 'expert' if expert else
+      'adapter' if config.adapter else 'base'): config.adapter}
+  found = common.read_adapters(config.adapters)
+  if len(found) < 2:
+    raise errors.UserError(
+      f'adapters={config.adapters} names one policy; give several to compare, or adapter=FOLDER.')
+  for key, given in (('adapter', config.adapter), ('policy', config.policy),
+                     ('grow', config.grow), ('agent=expert', expert)):
+    if given:
+      raise errors.UserError(
+        f'adapters names the policies that play side by side, and {key} does not go with it; leave '
+        'one of the two out.')
+  return found
 
 
 def check_experiences(config: ml_collections.ConfigDict) -> None:
@@ -380,59 +412,62 @@ def choose_mesh(text: str, architecture, slots: int):
 
 
 def play_and_remember(
-  play: Callable[..., list[trajectory.Episode]], tasks: Sequence[envs_base.Task],
+  play: Callable[..., list[trajectory.Episode]], games: Sequence[episode_lib.Game],
   memory: experience_memory.ExperienceMemory, every: int, workdir: pathlib.Path,
 ) -> list[trajectory.Episode]:
-  """Plays tasks in their order; after every `every` of them the episodes join the bank.
+  """Plays games in their order; after every `every` of them the episodes join the bank.
 
-  What a task can remember depends on the order of the tasks alone, not on which slot was faster,
+  What a game can remember depends on the order of the games alone, not on which slot was faster,
   and a run that was stopped finds the same bank again. The grown bank is kept in the workdir.
 
   Args:
-    play: `runner.play` but for tasks and memories.
-    tasks: in the order of `experience_memory.task_order`.
+    play: `runner.play` but for games and memories.
+    games: of tasks in the order of `experience_memory.task_order`, of one policy.
     memory: of the bank as it is at the start.
-    every: tasks between two additions.
+    every: games between two additions.
     workdir: the run's folder.
   """
   memories: dict[str, memory_lib.Memory] = {}
   episodes: list[trajectory.Episode] = []
-  for end in range(every, len(tasks) + every, every):
-    group = tasks[end - every:end]
+  for end in range(every, len(games) + every, every):
+    group = games[end - every:end]
     if memory.index.query == 'static':
-      memories |= memory.choose(group)
-    episodes = play(tasks[:end], memories=memories, progress=end == every)
+      memories |= memory.choose([game.task for game in group])
+    episodes = play(games[:end], memories=memories, progress=end == every)
     memory.add(episodes[end - every:], str(workdir))
   memory.index.bank.save(workdir / 'experiences')
   return episodes
 
 
 def _finished_summary(
-  workdir: pathlib.Path, tasks: Sequence[envs_base.Task]
+  workdir: pathlib.Path, tasks: Sequence[envs_base.Task], policies: Sequence[str]
 ) -> dict[str, Any] | None:
-  """The summary of a run that has played all of `tasks`; None where something is left to do."""
+  """The summary of a run in which all policies have played all tasks; None where one is left."""
   try:
     found = json.loads((workdir / 'summary.json').read_text())
-    row = found['rows'][0]
-    whole = row['n'] == sum(row['terminations'].values()) == len(tasks)
+    whole = [row['policy'] for row in found['rows']] == list(policies) and all(
+      row['n'] == sum(row['terminations'].values()) == len(tasks) for row in found['rows'])
   except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
     return None
   if not whole or not (workdir / trajectory.TFDS_NAME).exists():
     return None
   journal = trajectory.Journal(workdir / trajectory.JOURNAL_NAME)
-  played = {episode.task_id for episode in journal.read()}
-  return found if played >= {task.id for task in tasks} else None
+  played = {(episode.policy, episode.task_id) for episode in journal.read()}
+  left = {(policy, task.id) for policy in policies for task in tasks} - played
+  return None if left else found
 
 
 def show(workdir: pathlib.Path, written: dict[str, Any]) -> None:
-  """Prints the row of the run, by what its episodes ended, and what the engine computed."""
-  [row] = written['rows']
-  print(summary.table([row]))
-  if dropped := row.get('memory_dropped_mean'):
+  """Prints the rows of the run, by what their episodes ended, and what the engine computed."""
+  rows = written['rows']
+  print(summary.table(rows, written['paired']))
+  if dropped := max(row.get('memory_dropped_mean', 0) for row in rows):
     print(f'{dropped:.2f} experiences an episode did not fit into memory_tokens')
-  if restarts := row.get('env_restarts'):
+  if restarts := sum(row.get('env_restarts', 0) for row in rows):
     print(f'{restarts} time(s) an episode was played again: the process of its environment died')
-  print('ended by: ' + ', '.join(f'{name} {n}' for name, n in row['terminations'].items()))
+  for row in rows:
+    ended = ', '.join(f'{name} {n}' for name, n in row['terminations'].items())
+    print(f'{row["id"]} ended by: {ended}' if len(rows) > 1 else f'ended by: {ended}')
   for record in (written, *written.get('processes', ())):
     if line := summary.engine_line(record.get('engine', {})):
       print(line)

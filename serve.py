@@ -19,24 +19,6 @@ from configs import serve as config_lib
 from data import errors
 
 
-def read_adapters(text: str, base_name: str) -> dict[str, str]:
-  """Name -> PEFT folder; the base comes first, with ''.
-
-  Raises:
-    errors.UserError: not of the form, or a name that is taken.
-  """
-  found = {base_name: ''}
-  for pair in filter(None, text.split(';')):
-    name, colon, folder = (part.strip() for part in pair.partition(':'))
-    if not (name and colon and folder):
-      raise errors.UserError(f'adapters part {pair!r} is not of the form NAME:FOLDER.')
-    if name in found:
-      raise errors.UserError(
-        f'adapters gives the name {name!r} to two policies (the base has one, too); take another.')
-    found[name] = folder
-  return found
-
-
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises errors.UserError for what can be wrong, before anything is loaded."""
   common.check_engine(config)
@@ -71,7 +53,8 @@ def make_server(config: ml_collections.ConfigDict, base=None):
     errors.UserError: a key is wrong, or the address is taken.
   """
   check(config)
-  adapters = read_adapters(config.adapters, base.name if base is not None else config.model)
+  adapters = common.read_adapters(
+    config.adapters, base.name if base is not None else config.model)
 
   from agents import policy
 
@@ -81,34 +64,32 @@ def make_server(config: ml_collections.ConfigDict, base=None):
     base = policy.load_base(
       config.model, config.base, tokenizer=config.tokenizer, shrink=config.shrink,
       dtype=config.dtype, base_quantization=config.base_quantization, seed=config.seed)
-    adapters = read_adapters(config.adapters, base.name)
+    adapters = common.read_adapters(config.adapters, base.name)
   if config.max_context > base.config.max_position:
     raise errors.UserError(
       f'max_context={config.max_context} is more than the {base.config.max_position} positions '
       f'that {base.name} was trained for; set max_context to that or less.')
 
   from agents import chat, chat_server
-  from inference.engine import Engine, SamplingConfig
-  from models import decoder
+  from inference import Engine, SamplingConfig
+  from models.adapters import prepare
 
-  prepared: dict[str, decoder.Model] = {}
+  # All policies side by side in each engine, and one copy of the weights for all engines; the base
+  # that is loaded here is given up.
+  model, tokenizer = prepare(base.policies(list(adapters.values()))), base.tokenizer
 
-  def make_engine(name: str, sampling: chat.Sampling) -> Engine:
-    # Engines of one policy share its weights; its adapter is merged once.
-    if name not in prepared:
-      prepared[name] = decoder.prepare_for_decode(decoder.merge_lora(base.model(adapters[name])))
+  def make_engine(sampling: chat.Sampling) -> Engine:
     return Engine(
-      prepared[name], num_slots=config.slots, max_len=config.max_context,
-      stop_ids=base.tokenizer.stop_ids,
+      model, num_slots=config.slots, max_len=config.max_context, stop_ids=tokenizer.stop_ids,
       sampling=SamplingConfig(temperature=sampling.temperature, top_p=sampling.top_p),
       **policy.engine_options(config))
 
   scheduler = chat.Scheduler(
-    base.tokenizer, make_engine, list(adapters), max_context=config.max_context,
+    tokenizer, make_engine, list(adapters), max_context=config.max_context,
     max_waiting=config.queue, max_engines=config.engines, piece=config.piece)
   try:
     return chat_server.ChatServer(
-      (config.host, config.port), base.tokenizer, scheduler,
+      (config.host, config.port), tokenizer, scheduler,
       max_new_tokens=config.max_new_tokens, temperature=config.temperature,
       max_request_bytes=config.max_request_bytes, max_connections=config.max_connections)
   except OSError as error:

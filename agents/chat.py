@@ -176,6 +176,7 @@ class _Seat:
   """A slot: the conversation that it holds, and the request that is in it."""
 
   def __init__(self):
+    self.model = ''  # that the conversation is with
     self.ids: list[int] = []  # of the conversation, the last sampled token included
     self.replies: dict[str, tuple[int, ...]] = {}  # text -> ids as they were sampled
     self.request: Request | None = None
@@ -187,6 +188,11 @@ class _Seat:
   def spell(self, parts: Sequence[Part]) -> list[int]:
     """The prompt's tokens, with the replies of this slot as they were sampled."""
     return [i for part in parts for i in self.replies.get(part.reply, part.ids)]
+
+  def give_to(self, model: str) -> None:
+    """Makes it one for conversations with a model; those with another one are forgotten."""
+    if model != self.model:
+      self.model, self.ids, self.replies = model, [], {}
 
 
 class _Table:
@@ -218,7 +224,7 @@ class Scheduler:
   def __init__(
     self,
     tokenizer: Tokenizer,
-    make_engine: Callable[[str, Sampling], Any],
+    make_engine: Callable[[Sampling], Any],
     models: Sequence[str],
     *,
     max_context: int,
@@ -230,8 +236,9 @@ class Scheduler:
 
     Args:
       tokenizer: of all models.
-      make_engine: (name, sampling) -> engine; called in the thread, when it is first asked for.
-      models: names.
+      make_engine: sampling -> engine, whose policies are the models; called in the thread, when it
+        is first asked for.
+      models: names, in the order of the engine's policies.
       max_context: tokens of a slot of these engines.
       max_waiting: requests that may wait for a slot.
       max_engines: engines that are kept; of more, the one that was idle longest is given up.
@@ -241,7 +248,7 @@ class Scheduler:
     self.models, self.max_context = tuple(models), max_context
     self._tokenizer, self._make_engine = tokenizer, make_engine
     self._max_waiting, self._max_engines, self._piece = max_waiting, max_engines, piece
-    self._tables: collections.OrderedDict[tuple[str, Sampling], _Table] = collections.OrderedDict()
+    self._tables: collections.OrderedDict[Sampling, _Table] = collections.OrderedDict()
     self._waiting: collections.deque[Request] = collections.deque()
     self._changed = threading.Condition()
     self._closing, self._broken = False, ''
@@ -318,14 +325,14 @@ class Scheduler:
 
   def _table(self, request: Request) -> _Table | None:
     """The engine that plays the request, if it has a free slot."""
-    key = (request.model, request.sampling)
+    key = request.sampling
     if key not in self._tables:
       if len(self._tables) >= self._max_engines:
         idle = [k for k, t in self._tables.items() if len(t.free) == len(t.seats)]
         if not idle:
           return None
         del self._tables[idle[0]]
-      self._tables[key] = _Table(self._make_engine(*key))
+      self._tables[key] = _Table(self._make_engine(key))
     table = self._tables[key]
     return table if table.free else None
 
@@ -336,11 +343,14 @@ class Scheduler:
     def held(index: int) -> tuple[int, int]:
       # A slot that would lose more than it gives is somebody else's: of those the oldest.
       seat = table.seats[index]
+      if seat.model != request.model:
+        return 0, -seat.used
       shared = _shared(seat.ids, seat.spell(request.parts))
       return (shared if 2 * shared >= len(seat.ids) else 0), -seat.used
 
     index = max(table.free, key=held)
     seat = table.seats[index]
+    seat.give_to(request.model)
     ids = seat.spell(request.parts)
     if len(ids) + request.max_new_tokens > self.max_context:
       ids = plain
@@ -352,7 +362,7 @@ class Scheduler:
       keep = 0
     table.engine.submit(
       index, ids[keep:], self._piece_of(request, 0), reset=not keep, keep=keep or None,
-      seed=request.seed)
+      seed=request.seed, policy=self.models.index(request.model))
     seat.ids, seat.used, seat.request = ids, next(self._clock), request
     seat.prompt_tokens, seat.cached_tokens, seat.sampled = len(ids), keep, []
     seat.detokenizer = Detokenizer(self._tokenizer, request.stop)

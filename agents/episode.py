@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,9 @@ from agents import formats, prompts
 from agents import memory as memory_lib
 from data import errors, trajectory
 from data import text as text_lib
+from data.replies import Replies, Trie
 from data.tokenizer import Tokenizer
-from envs.base import FAULTS, Environment, Limits, Task, limits_of, openings_of
-
-if TYPE_CHECKING:
-  # JAX comes with it, which a command's first checks need not wait for.
-  from inference import Trie
+from envs.base import FAULTS, Environment, Limits, Task, allowed_replies, limits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +86,35 @@ class Labels:
     return f'{self.policy}/{task_id}/seed{self.seed}'
 
 
+@dataclasses.dataclass(frozen=True)
+class Game:
+  """An episode that is to be played.
+
+  Attributes:
+    task: what is played.
+    labels: by whom, for the record.
+    policy: the same for the engine: the index of one of its policies.
+  """
+
+  task: Task
+  labels: Labels
+  policy: int = 0
+
+  @property
+  def id(self) -> str:
+    return self.labels.episode_id(self.task.id)
+
+
+def games(tasks: Sequence[Task], players: Sequence[Labels]) -> list[Game]:
+  """Every task by every player, of whom the first is the engine's policy 0; a task's together."""
+  return [Game(task, labels, i) for task in tasks for i, labels in enumerate(players)]
+
+
 class EpisodeRun:
   """One episode in the making.
 
   Attributes:
+    game, task: what is played.
     done: whether it has ended.
     first_observation: what the environment said at reset.
     error: what an environment exception said, '' without one.
@@ -101,17 +124,16 @@ class EpisodeRun:
 
   def __init__(
     self,
-    task: Task,
+    game: Game,
     make_environment: Callable[[Task], Environment],
     tokenizer: Tokenizer,
     spec: AgentSpec,
-    labels: Labels,
     *,
     action_templates: Sequence[str] = (),
     memory: memory_lib.Memory = memory_lib.NO_MEMORY,
     examples: Sequence[prompts.Example] = (),
   ):
-    self.task = task
+    self.game, self.task = game, game.task
     self.done = False
     self.error = ''
     self.first_observation = ''
@@ -120,7 +142,6 @@ class EpisodeRun:
     self._tokenizer = tokenizer
     self._spec = spec
     self._take_limits(Limits())
-    self._labels = labels
     self._format = formats.get_format(spec.format)
     self._templates = action_templates
     self._memory = memory
@@ -133,7 +154,6 @@ class EpisodeRun:
     self._kinds: list[int] = []
     self._logprobs: list[float] = []
     self._submitted = 0
-    self._encoded: dict[str, list[int]] = {}
     self._steps: list[trajectory.Step] = []
     self._counts: collections.Counter[str] = collections.Counter()
     self._answers: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -221,30 +241,13 @@ class EpisodeRun:
     """
     if not self._spec.constrained:
       return None
-    from inference import Trie
-
     try:
-      commands = self._environment.admissible_commands()
-      openings = openings_of(self._environment)
+      return allowed_replies(self._environment, _replies(self._tokenizer, self._spec))
+    except errors.UserError:
+      raise
     except FAULTS as error:
       self._fail(error)
       return None
-    end = self._tokenizer.chat.end_of_turn
-    openings = [self._encode(text) for text in (*openings, *self._format.openings)]
-    replies = [[*self._encode(text), end] for text in commands]
-    if not replies and not openings:
-      return None
-    for text, reply in zip(commands, replies):
-      if len(reply) > self._spec.max_new_tokens:
-        raise errors.UserError(
-          f'The command {text!r} has {len(reply)} tokens with the one that ends it, and '
-          f'max_new_tokens is {self._spec.max_new_tokens}; set it to that or more.')
-    return Trie(replies, openings)
-
-  def _encode(self, text: str) -> list[int]:
-    if text not in self._encoded:
-      self._encoded[text] = self._tokenizer.encode(text)
-    return self._encoded[text]
 
   @property
   def opening(self) -> int:
@@ -316,12 +319,11 @@ class EpisodeRun:
     total = {
       name: sum(getattr(step, name) for step in self._steps)
       for name in ('prompt_tokens', 'prefilled_tokens', 'generated_tokens')}
-    success = self._termination == 'success'
+    success, labels = self._termination == 'success', self.game.labels
     return trajectory.Episode(
-      id=self._labels.episode_id(self.task.id), task_id=self.task.id, env=self.task.env,
-      task_type=self.task.task_type, split=self._labels.split,
-      instruction=self.task.instruction, seed=self._labels.seed, policy=self._labels.policy,
-      agent=self._spec.format, memory=self._memory.kind, model=self._labels.model,
+      id=self.game.id, task_id=self.task.id, env=self.task.env, task_type=self.task.task_type,
+      split=labels.split, instruction=self.task.instruction, seed=labels.seed,
+      policy=labels.policy, agent=self._spec.format, memory=self._memory.kind, model=labels.model,
       tokenizer=self._tokenizer.fingerprint, tokens=self._tokens, kinds=self._kinds,
       logprobs=self._logprobs, steps=self._steps, success=success,
       # A win that brought no reward at all is worth the whole of it.
@@ -406,6 +408,12 @@ class EpisodeRun:
     except FAULTS as error:
       # How the episode ended stands; that its environment could not be closed is shown.
       self.error = self.error or f'while closing: {type(error).__name__}: {error}'
+
+
+@functools.lru_cache(maxsize=4)
+def _replies(tokenizer: Tokenizer, spec: AgentSpec) -> Replies:
+  """Of all episodes of an agent: what they have tokenised is kept, and sent to workers once."""
+  return Replies(tokenizer, formats.get_format(spec.format).openings, spec.max_new_tokens)
 
 
 def _text(observation: Any) -> str:

@@ -120,8 +120,8 @@ def _play(
   known_rules=(), thoughts=True, **options,
 ) -> episode_lib.EpisodeRun:
   run = episode_lib.EpisodeRun(
-    task, suite.make, tokenizer, spec, labels, action_templates=suite.action_templates,
-    memory=memory, examples=examples)
+    episode_lib.Game(task, labels), suite.make, tokenizer, spec,
+    action_templates=suite.action_templates, memory=memory, examples=examples)
   reply_format = formats.get_format(spec.format)
   run.start()
   if run.done:

@@ -6,7 +6,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from data import errors
 from data.tokenizer import Tokenizer
 from inference.lookup import LookupConfig
+from models import adapters as adapters_lib
 from models import decoder, pretrained, registry, stored, weights
 from models.lora import LoraConfig
 
@@ -52,6 +53,30 @@ class Base:
       return self._plain(mesh)
     check_adapter(adapter)
     return self.with_adapter(*weights.load_peft(adapter, self.config), mesh=mesh)
+
+  def policies(
+    self, adapters: Sequence[str], *, mesh=None
+  ) -> decoder.Model | adapters_lib.SideBySide:
+    """What an engine plays several policies with; of a single one, `model`.
+
+    Args:
+      adapters: PEFT folder of each policy, '' for the base, which is one of them at most.
+      mesh: where to put the weights; None is the default device.
+
+    Raises:
+      errors.UserError: no adapter there, or one for another model.
+    """
+    if len(adapters) == 1:
+      return self.model(adapters[0], mesh=mesh)
+    for folder in adapters:
+      check_adapter(folder)
+    lora, params, gates = adapters_lib.side_by_side(self.config, [
+      weights.load_peft(folder, self.config) if folder else None for folder in adapters])
+    # A quantised base is dequantised, as it is where an adapter is merged.
+    plain = decoder.merge_lora(self._plain(mesh))
+    held = decoder.to_params(plain.frozen)
+    return adapters_lib.SideBySide(
+      decoder.from_params(plain.config, {**held, **params}, lora, mesh=mesh), gates)
 
   def with_adapter(
     self, lora: LoraConfig, params: Mapping[str, np.ndarray] | None = None, *, seed: int = 0,

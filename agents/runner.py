@@ -1,12 +1,16 @@
 """Plays episodes over the slots of one engine and keeps each the moment it ends.
 
-S slots play S episodes at once; a slot whose episode ends takes the next task before the next
-dispatch. A run that is stopped and started again goes on with the tasks that its journal lacks.
+S slots play S episodes at once; a slot whose episode ends takes the next game before the next
+dispatch. Environments in processes of their own work at the same time, each with what its slot
+needs next: the answer to a command, and the mask of the replies to it. A run that is stopped and
+started again goes on with the games that its journal lacks.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import contextlib
 import functools
 import math
 import pathlib
@@ -14,7 +18,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +33,7 @@ from envs.base import Suite, Task
 
 if TYPE_CHECKING:
   # JAX comes with it, which a command's --help and its first checks need not wait for.
-  from inference.engine import Engine
+  from inference import Completion, Engine
 
 # Dynamic retrieval: the memories of runs, asked before each of their calls.
 Recall = Callable[[Sequence[episode_lib.EpisodeRun]], Sequence[memory_lib.Memory]]
@@ -39,9 +43,8 @@ def play(
   engine: Engine,
   tokenizer: Tokenizer,
   suite: Suite,
-  tasks: Sequence[Task],
+  games: Sequence[episode_lib.Game],
   spec: episode_lib.AgentSpec,
-  labels: episode_lib.Labels,
   workdir: str | pathlib.Path,
   *,
   memories: Mapping[str, memory_lib.Memory] | None = None,
@@ -50,15 +53,14 @@ def play(
   progress: bool = True,
   after_episode: Callable[[], None] | None = None,
 ) -> list[trajectory.Episode]:
-  """Plays every task once, or what is left of them, and writes journal and TFDS store.
+  """Plays every game once, or what is left of them, and writes journal and TFDS store.
 
   Args:
     engine: built, with its weights; its slots are taken over (every episode resets its slot).
     tokenizer: the model's.
     suite: makes the environments.
-    tasks: with distinct ids.
+    games: of `episode.games`, with distinct ids; those of several policies are played side by side.
     spec: format, layout and limits.
-    labels: policy, model, split and seed for the record.
     workdir: gets `journal.jsonl` and, when all is played, `episodes/` (TFDS).
     memories: task id -> memory, chosen at episode start; a task that is missing has none.
     examples: task type -> few-shot examples.
@@ -68,7 +70,7 @@ def play(
     after_episode: called when an episode is safe.
 
   Returns:
-    The episodes in the order of `tasks`, those of an earlier start included.
+    The episodes in the order of `games`, those of an earlier start included.
 
   Raises:
     errors.UserError: the journal is broken or belongs to another process.
@@ -76,65 +78,84 @@ def play(
   from inference.engine import ContextOverflow
 
   new_run = functools.partial(
-    _new_run, tokenizer, suite, spec, labels, memories or {}, examples or {})
-  keeper = _Keeper(workdir, tasks, labels, progress, after_episode)
+    _new_run, tokenizer, suite, spec, memories or {}, examples or {})
+  keeper = _Keeper(workdir, games, progress, after_episode)
   waiting = collections.deque(keeper.left)
   if progress and waiting:
     print(_prediction(engine, spec, keeper, new_run(waiting[0])), file=sys.stderr, flush=True)
   slots: list[episode_lib.EpisodeRun | None] = [None] * engine.num_slots
 
-  def refill(slot: int) -> None:
-    """Puts the next task whose game starts into the slot."""
-    slots[slot] = None
-    while waiting and slots[slot] is None:
-      run = new_run(waiting.popleft())
-      run.start()
-      if run.done:
-        keeper.keep(run)
-      else:
-        slots[slot] = run
+  def refill(empty: list[int]) -> None:
+    """Puts the next games that start into the slots."""
+    while empty and waiting:
+      runs = [new_run(waiting.popleft()) for _ in range(min(len(empty), len(waiting)))]
+      each(episode_lib.EpisodeRun.start, runs)
+      for run in runs:
+        if run.done:
+          keeper.keep(run)
+        else:
+          slots[empty.pop(0)] = run
 
   def advance(ready: list[int]) -> None:
-    """Gives the engine the new tokens of slots; an ended episode makes room for the next task."""
+    """Gives the engine the new tokens of slots; an ended episode makes room for the next game."""
     while ready:
-      for slot in ready:
-        run = slots[slot]
-        if run is None or run.done:
-          if run is not None:
-            keeper.keep(run)
-          refill(slot)
+      empty = [slot for slot in ready if slots[slot] is None or slots[slot].done]
+      for slot in empty:
+        if slots[slot] is not None:
+          keeper.keep(slots[slot])
+          slots[slot] = None
+      refill(empty)
       ready = [slot for slot in ready if slots[slot] is not None]
       if recall is not None and ready:
         runs = [slots[slot] for slot in ready]
         for run, memory in zip(runs, recall(runs), strict=True):
           run.remember(memory)
       overflown = []
-      for slot in ready:
+      masks = [None] * len(ready)
+      if spec.constrained:
+        masks = each(episode_lib.EpisodeRun.allowed, [slots[slot] for slot in ready])
+      for slot, allowed in zip(ready, masks, strict=True):
         run = slots[slot]
-        fresh, keep = not run.steps, run.kept
-        allowed = run.allowed()
+        fresh, keep, game = not run.steps, run.kept, run.game
         if run.done:  # its environment broke
           overflown.append(slot)
           continue
         try:
           engine.submit(
             slot, run.next_tokens(), spec.max_new_tokens, reset=fresh, keep=None if fresh else keep,
-            seed=_seed(labels, run.task) if fresh else None, allowed=allowed)
+            seed=_seed(game) if fresh else None, allowed=allowed, policy=game.policy)
         except ContextOverflow:
           run.overflow()
           overflown.append(slot)
       ready = overflown
 
-  with keeper:
+  def receive(completion: Completion) -> None:
+    slots[completion.slot].receive(
+      completion.tokens, completion.logprobs, stop_reason=completion.stop_reason,
+      prefilled_tokens=completion.prefilled_tokens)
+
+  with keeper, _at_once(suite) as each:
     advance(list(range(engine.num_slots)))
     while any(slots):
       completions = engine.step()
-      for completion in completions:
-        slots[completion.slot].receive(
-          completion.tokens, completion.logprobs, stop_reason=completion.stop_reason,
-          prefilled_tokens=completion.prefilled_tokens)
+      each(receive, completions)
       advance([completion.slot for completion in completions])
   return keeper.finish()
+
+
+@contextlib.contextmanager
+def _at_once(suite: Suite) -> Iterator[Callable[[Callable, Sequence], list]]:
+  """A `map` over things that ask environments: at the same time, where these can answer so."""
+  threads = getattr(suite, 'parallel', 1)
+  if threads == 1:
+    yield lambda function, things: [function(thing) for thing in things]
+    return
+  pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix='environment')
+  try:
+    yield lambda function, things: list(pool.map(function, things))
+  finally:
+    # Who is interrupted does not wait for an environment that hangs.
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check_first_prompt(
@@ -156,13 +177,16 @@ def check_first_prompt(
 
   Args:
     max_context: tokens of a slot.
-    tokenizer, suite, tasks, spec, labels, memories, examples: as for `play`.
+    tokenizer, suite, spec, memories, examples: as for `play`.
+    tasks: of which the first is looked at.
+    labels: for its record.
 
   Raises:
     errors.UserError: it does not fit.
   """
   for task in tasks:
-    run = _new_run(tokenizer, suite, spec, labels, memories or {}, examples or {}, task)
+    game = episode_lib.Game(task, labels)
+    run = _new_run(tokenizer, suite, spec, memories or {}, examples or {}, game)
     run.start()
     if run.done:
       continue
@@ -189,49 +213,52 @@ def play_each(
 
   Args:
     make_episode: plays one task; its episode's id must be `labels.episode_id(task.id)`.
-    tasks, labels, workdir, progress, after_episode: as for `play`.
+    tasks: with distinct ids.
+    labels: for the record.
+    workdir, progress, after_episode: as for `play`.
   """
-  keeper = _Keeper(workdir, tasks, labels, progress, after_episode)
+  keeper = _Keeper(workdir, episode_lib.games(tasks, [labels]), progress, after_episode)
   if progress and keeper.left:
     started = time.perf_counter()
-    first = make_episode(keeper.left[0])
+    first = make_episode(keeper.left[0].task)
     minutes = (time.perf_counter() - started) * len(keeper.left) / 60
     print(f'{len(keeper.left)} episodes, about {minutes:.1f} min', file=sys.stderr, flush=True)
     with keeper:
       keeper.keep_episode(first)
-      for task in keeper.left[1:]:
-        keeper.keep_episode(make_episode(task))
+      for game in keeper.left[1:]:
+        keeper.keep_episode(make_episode(game.task))
   else:
     with keeper:
-      for task in keeper.left:
-        keeper.keep_episode(make_episode(task))
+      for game in keeper.left:
+        keeper.keep_episode(make_episode(game.task))
   return keeper.finish()
 
 
-def _new_run(tokenizer, suite, spec, labels, memories, examples, task) -> episode_lib.EpisodeRun:
+def _new_run(tokenizer, suite, spec, memories, examples, game) -> episode_lib.EpisodeRun:
   return episode_lib.EpisodeRun(
-    task, suite.make, tokenizer, spec, labels, action_templates=list(suite.action_templates),
-    memory=memories.get(task.id, memory_lib.NO_MEMORY), examples=examples.get(task.task_type, ()))
+    game, suite.make, tokenizer, spec, action_templates=list(suite.action_templates),
+    memory=memories.get(game.task.id, memory_lib.NO_MEMORY),
+    examples=examples.get(game.task.task_type, ()))
 
 
-def _seed(labels: episode_lib.Labels, task: Task) -> int:
+def _seed(game: episode_lib.Game) -> int:
   """Of an episode's random stream: draws depend neither on slots nor on where a run stopped."""
-  return zlib.crc32(labels.episode_id(task.id).encode())
+  return zlib.crc32(game.id.encode())
 
 
 class _Keeper:
   """Journal, progress bar and TFDS store of one run."""
 
-  def __init__(self, workdir, tasks, labels, progress, after_episode):
+  def __init__(self, workdir, games, progress, after_episode):
     self._after_episode = after_episode
     self._workdir = pathlib.Path(workdir)
-    self._ids = [labels.episode_id(task.id) for task in tasks]
+    self._ids = [game.id for game in games]
     if len(set(self._ids)) < len(self._ids):
       raise errors.UserError('Two tasks of this run have one id; give every task its own.')
     self._journal = trajectory.Journal(self._workdir / trajectory.JOURNAL_NAME)
     self.before = [e for e in self._journal.read() if e.id in set(self._ids)]
     known = {e.id for e in self.before}
-    self.left = [t for t, id_ in zip(tasks, self._ids) if id_ not in known]
+    self.left = [game for game in games if game.id not in known]
     self._progress = progress
     self._won = sum(e.success for e in self.before)
     self._played = len(self.before)

@@ -17,7 +17,6 @@ from typing import Any
 from agents import episode as episode_lib
 from data import errors, trajectory
 from data import workdir as workdir_lib
-from envs.base import Task
 
 _RECORD, _PLAYING = 'process.json', 'playing.lock'
 
@@ -39,16 +38,17 @@ class Share:
     """Where this process writes its episodes."""
     return workdir if self.count == 1 else workdir / 'parts' / str(self.index)
 
-  def tasks(
-    self, workdir: pathlib.Path, tasks: Sequence[Task], labels: episode_lib.Labels
-  ) -> list[Task]:
-    """Of a run's tasks those that this process plays: none that another journal has."""
+  def games(
+    self, workdir: pathlib.Path, games: Sequence[episode_lib.Game]
+  ) -> list[episode_lib.Game]:
+    """Of a run's games those of this process's tasks: none that another journal has."""
     if self.count == 1:
-      return list(tasks)
+      return list(games)
     own = self.folder(workdir)
     known = {e.id for folder in _folders(workdir) if folder != own for e in _episodes(folder)}
-    return [task for task in tasks[self.index::self.count]
-            if labels.episode_id(task.id) not in known]
+    tasks = {id_: i for i, id_ in enumerate(dict.fromkeys(game.task.id for game in games))}
+    return [game for game in games
+            if tasks[game.task.id] % self.count == self.index and game.id not in known]
 
 
 def _folders(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -149,7 +149,7 @@ def gather(
 
   Args:
     workdir: the run's folder.
-    ids: of the episodes, in the order of the tasks.
+    ids: of the episodes, in the order of the games.
 
   Returns:
     The episodes and what the processes recorded; None where some are still to be played, or a

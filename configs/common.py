@@ -121,6 +121,35 @@ def check_engine(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(f'lookup={config.lookup} is negative; 0 decodes token by token.')
 
 
+def read_adapters(text: str, base_name: str = '') -> dict[str, str]:
+  """Policies by name: NAME:FOLDER;NAME:FOLDER, each a PEFT folder.
+
+  Args:
+    text: of the config key `adapters`.
+    base_name: under which the base is one of them, the first; '' where NAME: alone is the base.
+
+  Returns:
+    Name -> folder, '' for the base.
+
+  Raises:
+    errors.UserError: not of the form, or a name that is taken.
+  """
+  found = {base_name: ''} if base_name else {}
+  for pair in filter(None, (part.strip() for part in text.split(';'))):
+    name, colon, folder = (part.strip() for part in pair.partition(':'))
+    if not (name and colon) or (base_name and not folder):
+      or_base = '' if base_name else ' (NAME: alone is the base)'
+      raise errors.UserError(f'adapters part {pair!r} is not of the form NAME:FOLDER{or_base}.')
+    if name in found:
+      base = ' (the base has one, too)' if base_name else ''
+      raise errors.UserError(
+        f'adapters gives the name {name!r} to two policies{base}; take another.')
+    if not folder and '' in found.values():
+      raise errors.UserError('adapters names the base twice; once is enough.')
+    found[name] = folder
+  return found
+
+
 def make_config(arg: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:
   """Returns a locked, type-safe ConfigDict of `parse_arg(arg, defaults)`."""
   config = ml_collections.ConfigDict(parse_arg(arg, defaults))

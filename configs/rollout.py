@@ -5,7 +5,9 @@
 
 Writes to the workdir: config.json, journal.jsonl (an episode is safe the moment it ends), episodes/
 (TFDS, RLDS form) and summary.json. The same command again goes on where the run was stopped. With
-`agent=expert` the scripted expert plays, through the same schema.
+`agent=expert` the scripted expert plays, through the same schema. With `adapters` several policies
+play the same tasks over one copy of the base; the summary has each one's row, and its paired
+difference from the first.
 """
 
 from collections.abc import Mapping
@@ -20,6 +22,7 @@ DEFAULTS = dict(
   model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # weights: '' published, 'random', or a path
   adapter='',  # PEFT folder, the adapter/ of a training run; '' is none
+  adapters='',  # NAME:FOLDER;NAME:FOLDER play the same tasks side by side; NAME: is the base
   tokenizer='',  # path; '' is that of the weights
   shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
   policy='',  # name in the record; '' is 'expert', 'adapter' or 'base'

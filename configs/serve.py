@@ -7,7 +7,8 @@ prints where it listens; then, from any program:
   client = openai.OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none')
   client.chat.completions.create(model='student', messages=[{'role': 'user', 'content': 'Hello'}])
 
-Loading takes seconds, and a further few at the first request of each model and temperature.
+Loading takes seconds, and a further few at the first request of each temperature. All models lie
+side by side over one copy of the base, and share slots and dispatches.
 Everything beyond the limits below is refused with a sentence. There is no encryption and no key: on
 another host than loopback, put a proxy that has both before it.
 """
@@ -27,13 +28,13 @@ DEFAULTS = dict(
   host='127.0.0.1',  # an IPv4 address of this machine; the default is reached from it alone
   port=8000,  # 0 is any that is free
   # Limits.
-  slots=8,  # conversations at a time, of each model and temperature
+  slots=8,  # conversations at a time, of each temperature
   max_context=2048,  # tokens of a conversation with its reply
   max_new_tokens=512,  # of a reply
   queue=32,  # requests that wait; more are answered with 429
   max_request_bytes=1_000_000,  # larger ones are answered with 413
   max_connections=128,  # at a time; more are answered with 503
-  engines=4,  # caches that are kept: one for each model and temperature that is asked for
+  engines=4,  # caches that are kept: one for each temperature that is asked for
   temperature=0.0,  # where a request names none
   seed=0,  # of the draws
   # Speed.

@@ -7,9 +7,13 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from data.errors import UserError
+
+if TYPE_CHECKING:
+  # A tokenizer comes with it, which few environments' processes need.
+  from data.replies import Replies, Trie
 
 SUITES = ('household', 'webshop', 'scienceworld')
 # What a broken environment may raise: it ends its own episode and not the run. Planners that were
@@ -115,6 +119,7 @@ class Suite(Protocol):
 
   `own_process` may say that its environments can crash or leak, so that they run in workers unless
   told otherwise, and `exclusive` that a process has room for one of them (`envs.workers`).
+  `parallel` may say how many can answer at once when they are asked in threads; 1 without it.
   """
 
   name: str
@@ -137,6 +142,13 @@ class Suite(Protocol):
 def openings_of(environment: Environment) -> list[str]:
   """Beginnings of the commands that end in free text; an environment may have none."""
   return getattr(environment, 'command_openings', list)()
+
+
+def allowed_replies(environment: Environment, replies: Replies) -> Trie | None:
+  """What an agent may reply now, as `replies.trie` gives it; built where the environment runs."""
+  if elsewhere := getattr(environment, 'allowed_replies', None):
+    return elsewhere(replies)
+  return replies.trie(environment.admissible_commands(), openings_of(environment))
 
 
 def rules_of(suite: Suite, task: Task) -> Sequence[Any]:

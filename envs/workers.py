@@ -30,11 +30,14 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data import process_memory
 from data.errors import UserError
 from envs import base
+
+if TYPE_CHECKING:
+  from data.replies import Replies, Trie
 
 _MEGABYTE = 2**20
 # Seconds between two looks at whether the process that started a worker is still there.
@@ -49,7 +52,7 @@ class EnvironmentFault(RuntimeError):
 
 
 class EnvironmentDied(RuntimeError):
-  """An environment whose worker died twice in one episode."""
+  """An environment whose worker died twice in one episode, or whose suite was closed."""
 
 
 class _Gone(Exception):
@@ -85,6 +88,7 @@ class WorkerSuite:
   with it at once, each with environments of its own.
 
   Attributes:
+    parallel: requests that can be answered at once, in as many threads.
     counts: what happened: started, crashed, hung, leaked and recycled workers, replayed and ended
       episodes.
   """
@@ -118,10 +122,11 @@ class WorkerSuite:
       if value <= 0:
         raise UserError(f'{key} must be more than 0, not {value!r}.')
     self._suite, self._recipe = suite, (name, dict(options))
-    self._limit, self._timeout = workers, timeout
+    self._limit, self._timeout, self.parallel = workers, timeout, workers
     self._recycle_games, self._growth_mb = recycle_games, growth_mb
     self._exclusive = bool(getattr(suite, 'exclusive', False))
     self._workers: list[_Worker] = []
+    self._closed = False
     self._lock = threading.Lock()
     self._keys = itertools.count()
     self.counts: collections.Counter[str] = collections.Counter()
@@ -137,8 +142,9 @@ class WorkerSuite:
     return RemoteEnvironment(self, task, next(self._keys), self._timeout)
 
   def close(self) -> None:
-    """Ends all workers, and the suite's own programs."""
+    """Ends all workers, and the suite's own programs; whoever waits for an answer is told."""
     with self._lock:
+      self._closed = True
       _stop_all(self._workers)
     if close := getattr(self._suite, 'close', None):
       close()
@@ -146,6 +152,8 @@ class WorkerSuite:
   def take(self) -> _Worker:
     """A worker with room for one more environment, whose place it then holds."""
     with self._lock:
+      if self._closed:
+        raise EnvironmentDied('its workers were ended')
       self._workers[:] = [worker for worker in self._workers if not worker.dead]
       active = [worker for worker in self._workers if not worker.retiring]
       free = [worker for worker in active if not worker.live]
@@ -216,6 +224,10 @@ class RemoteEnvironment:
 
   def command_openings(self) -> list[str]:
     return self._ask('command_openings')
+
+  def allowed_replies(self, replies: Replies) -> Trie | None:
+    """What an agent may reply now: the worker builds it, and only its array comes back."""
+    return self._ask('allowed_replies', replies)
 
   def close(self) -> None:
     """Gives its place back; a worker that dies over it takes nothing with it that is wanted."""
@@ -300,6 +312,7 @@ class _Worker:
     self.live = self.games = 0
     self.growth_mb, self._first_mb, self._most_mb = 0.0, 0.0, most_mb
     self._lock = threading.Lock()
+    self._replies: Replies | None = None  # what it has been told of them
     ours, theirs = socket.socketpair()
     # A session of its own: what it starts dies with it, and Ctrl-C reaches the run alone.
     self._process = subprocess.Popen(
@@ -324,6 +337,10 @@ class _Worker:
     with self._lock:
       if self.dead:
         raise _Gone
+      if operation == 'allowed_replies':
+        # They hold a tokenizer, which is sent once.
+        [replies] = arguments
+        arguments, self._replies = (None if replies is self._replies else replies,), replies
       try:
         self._connection.send((operation, key, *arguments))
         if not self._connection.poll(timeout + (0.0 if self._first_mb else _START)):
@@ -386,6 +403,7 @@ class _Server:
   def __init__(self, name: str, options: dict[str, Any]):
     self._suite = base.get_suite(name, **options)
     self._environments: dict[int, base.Environment] = {}
+    self._replies: Replies | None = None
 
   def answer(self, operation: str, key: int, *arguments: Any) -> Any:
     if operation == 'make':
@@ -396,6 +414,9 @@ class _Server:
       return close() if close else None
     if operation == 'command_openings':
       return base.openings_of(self._environments[key])
+    if operation == 'allowed_replies':
+      self._replies = arguments[0] or self._replies
+      return base.allowed_replies(self._environments[key], self._replies)
     return getattr(self._environments[key], operation)(*arguments)
 
 

@@ -1,9 +1,10 @@
 """Batched generation over slots whose key-value cache lives across the turns of an episode."""
 
-from inference.engine import Completion, ContextOverflow, Engine, Stats
+from data.replies import Trie
+from inference.engine import Engine
 from inference.lookup import LookupConfig
+from inference.results import Completion, ContextOverflow, Stats
 from inference.sampling import SamplingConfig
-from inference.trie import Trie
 
 __all__ = [
   'Completion', 'ContextOverflow', 'Engine', 'LookupConfig', 'SamplingConfig', 'Stats', 'Trie']

@@ -32,11 +32,13 @@ import jax
 import numpy as np
 
 from data.errors import UserError
+from data.replies import Trie
 from inference import lengths, prefixes, programs
 from inference.lookup import Acceptance, LookupConfig, pays
+from inference.results import Completion, ContextOverflow, Stats
 from inference.sampling import GREEDY, SamplingConfig
-from inference.trie import Tables, Trie
-from models import decoder, memory
+from inference.trie import Tables
+from models import adapters, decoder, memory
 from models.kv_cache import KVCache
 
 # Share of the busy slots whose end makes decoding return: a step costs the same for 32 rows as for
@@ -45,89 +47,12 @@ _REFILL_SHARE = 0.25
 _UINT32 = 0xFFFFFFFF
 
 
-class ContextOverflow(Exception):
-  """The turn cannot fit into the slot; the slot is as it was before."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """One finished model call.
-
-  Attributes:
-    slot: index of the slot.
-    tokens: int32 [m], sampled; the stop token is included where one was sampled.
-    logprobs: float32 [m], natural logarithms under the model's own distribution (temperature 1).
-    stop_reason: 'stop' (a stop token) or 'length' (`max_new_tokens` reached).
-    prefilled_tokens: the turn's new tokens, before the first sampled one.
-    prompt_tokens: all tokens the first sampled one was conditioned on, cached ones included.
-    copied_tokens: new tokens that were not computed, as their keys and values were found in another
-      conversation.
-  """
-
-  slot: int
-  tokens: np.ndarray
-  logprobs: np.ndarray
-  stop_reason: str
-  prefilled_tokens: int
-  prompt_tokens: int
-  copied_tokens: int = 0
-
-
-@dataclasses.dataclass
-class Stats:
-  """Counts since the engine was made (or told to `forget`).
-
-  Every new token of a conversation is either prefilled or copied, once. Seconds of calls that
-  compiled are in `compile_s` only.
-  """
-
-  prefilled: int = 0
-  prefill_computed: int = 0  # prefilled tokens and their padding
-  generated: int = 0
-  decode_computed: int = 0  # rows times steps and their tokens, idle rows included
-  decoded: int = 0  # tokens of them that were wanted
-  prefill_dispatches: int = 0
-  decode_dispatches: int = 0
-  prefill_s: float = 0.0
-  decode_s: float = 0.0
-  compile_s: float = 0.0
-  traces: int = 0
-  copied: int = 0  # tokens whose keys and values were found in another conversation
-  copy_dispatches: int = 0
-  copy_s: float = 0.0
-  verified: int = 0  # steps of slots that draft, also those that found nothing to draft
-  drafted: int = 0  # tokens of those drafts
-  accepted: int = 0  # of them the model's own choice
-
-  @property
-  def dispatches(self) -> int:
-    return self.prefill_dispatches + self.copy_dispatches + self.decode_dispatches
-
-  @property
-  def padded_share(self) -> float:
-    """Share of the prefilled positions that was padding."""
-    return 1 - self.prefilled / self.prefill_computed if self.prefill_computed else 0.0
-
-  @property
-  def idle_share(self) -> float:
-    """Share of the decoded positions whose slot was done or empty, or whose draft was rejected."""
-    return 1 - self.decoded / self.decode_computed if self.decode_computed else 0.0
-
-  @property
-  def accepted_per_step(self) -> float:
-    """Tokens of a draft that were accepted, a verifying step: so many come with the usual one."""
-    return self.accepted / self.verified if self.verified else 0.0
-
-  def as_dict(self) -> dict[str, float]:
-    derived = ('dispatches', 'padded_share', 'idle_share', 'accepted_per_step')
-    return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-
-
 @dataclasses.dataclass
 class _Slot:
   """The host's side of a slot."""
 
   length: int = 0  # tokens in the cache, without those that wait or were sampled in this turn
+  policy: int = 0  # of the conversation
   last: int | None = None  # sampled and not cached
   seed: int = 0
   index: int = 0  # tokens sampled since reset
@@ -153,13 +78,18 @@ class Engine:
   Use: `submit` a turn to each free slot, then `step` until it hands back completions; submit the
   next turn of a conversation to the same slot (only its new tokens), or `reset=True` for a new one.
 
-  Tokens, greedy or sampled, depend on the slot's own tokens and seed and not on what else is in the
-  batch, but for rounding: products of different widths may break a near tie differently.
+  Tokens, greedy or sampled, depend on the slot's own tokens, seed and policy, and not on what else
+  is in the batch, but for rounding: products of different widths may break a near tie differently.
+
+  Attributes:
+    num_slots: conversations at a time.
+    max_len: tokens that a slot can hold.
+    num_policies: that conversations may have: 1 of a model, as many as there are side by side.
   """
 
   def __init__(
     self,
-    model: decoder.Model,
+    model: decoder.Model | adapters.SideBySide,
     *,
     num_slots: int,
     max_len: int,
@@ -180,7 +110,8 @@ class Engine:
     """Merges the adapter and allocates the cache.
 
     Args:
-      model: with or without an adapter; it is not changed.
+      model: with or without an adapter, which is merged into a copy of the kernels; or several
+        adapters side by side, of which each conversation has one.
       num_slots: conversations at a time.
       max_len: tokens that a slot can hold.
       stop_ids: sampling one of these ends a turn.
@@ -205,7 +136,9 @@ class Engine:
     """
     if groups < 1 or num_slots % groups:
       raise UserError(f'{num_slots} slots do not divide into {groups} groups.')
-    model = decoder.prepare_for_decode(decoder.merge_lora(model))
+    prepared = adapters.prepare(model)
+    model, self._gates = prepared.model, prepared.gates
+    self.num_policies = len(self._gates)
     self.num_slots, self.max_len = num_slots, max_len
     self.stats = Stats()
     self._lookup = lookup
@@ -270,6 +203,7 @@ class Engine:
     keep: int | None = None,
     seed: int | None = None,
     allowed: Trie | None = None,
+    policy: int | None = None,
   ) -> None:
     """Queues a turn; `step` computes it.
 
@@ -283,17 +217,25 @@ class Engine:
       seed: of the request's random stream, from `reset` on. By default the number of the request,
         which makes draws depend on the order of submission; pass one for draws that do not.
       allowed: what may be sampled in this turn; None is everything.
+      policy: of the conversation, the index of one of those side by side. None is 0 of a new
+        conversation; one that goes on keeps its own.
 
     Raises:
       ContextOverflow: conversation, new tokens and max_new_tokens exceed max_len together.
-      ValueError: the slot has a turn in progress, there is nothing to condition on, or `keep` is
-        more than there is.
+      ValueError: the slot has a turn in progress, there is nothing to condition on, `keep` is more
+        than there is, or the policy does not exist or is not the one that the conversation has.
     """
     state = self._slots[slot]
     if state.running:
       raise ValueError(f'Slot {slot} has a turn in progress.')
     if max_new_tokens < 1:
       raise ValueError(f'max_new_tokens={max_new_tokens} is not positive.')
+    if policy is None:
+      policy = 0 if reset else state.policy
+    if not 0 <= policy < self.num_policies or not (reset or policy == state.policy):
+      raise ValueError(
+        f'Slot {slot} cannot take policy {policy}: there are {self.num_policies}, and a '
+        'conversation that goes on keeps its own; begin a new one with reset=True.')
     tokens = np.asarray(tokens, np.int32).reshape(-1)
     before = state.length
     length, last = (0, None) if reset else (before, state.last)
@@ -305,7 +247,7 @@ class Engine:
     if last is not None:
       tokens = np.concatenate([np.asarray([last], np.int32), tokens])
     prefilled = len(tokens)
-    if reset and prefilled and self._store is not None:
+    if reset and prefilled and self._store is not None and policy == state.policy:
       # What the slot's last conversation began with, too.
       held = self._ids[slot : slot + 1, : state.length]
       length = min(int(prefixes.shared_lengths(held, tokens)[0]), prefilled - 1)
@@ -319,7 +261,7 @@ class Engine:
       )
     if reset:
       state.seed = (self._requests if seed is None else seed) & _UINT32
-      state.index = 0
+      state.index, state.policy = 0, policy
       self._requests += 1
       if self._acceptance is not None:
         self._acceptance.reset(slot)
@@ -357,6 +299,12 @@ class Engine:
     """The slots of a group."""
     return range(group * self._group_size, (group + 1) * self._group_size)
 
+  def _gates_of(self, slots: slice) -> np.ndarray | None:
+    """Float32 [S, R], the gates of each slot's policy; None where there is one, which is merged."""
+    if not self._gates.size:
+      return None
+    return self._gates[[slot.policy for slot in self._slots[slots]]]
+
   def _dispatch(self, group: int) -> None:
     """Sends a group's prefill and decoding to the device, if there is any."""
     members = self._members(group)
@@ -377,7 +325,8 @@ class Engine:
       prefix = cache
       if attend_len < self.max_len or not cache.readable:
         prefix = self._programs.prefix(cache, attend_len=attend_len)
-      arguments = (self._params, prefix, state, leave_at, self._tables.arrays(slots))
+      arguments = (
+        self._params, prefix, state, leave_at, self._tables.arrays(slots), self._gates_of(slots))
       drafting = None if self._acceptance is None else self._acceptance.drafting[slots]
       if drafting is not None and pays(drafting, running):
         width += self._lookup.draft_len
@@ -442,10 +391,12 @@ class Engine:
     prompts = {
       index: prefixes.Waiting(self._slots[index].length, self._slots[index].prompt_tokens)
       for index in waiting}
-    now, copies = prefixes.plan(self._ids, held, prompts, self._store, self._block_len)
+    policies = np.array([slot.policy for slot in self._slots])
+    now, copies = prefixes.plan(
+      self._ids, held, prompts, self._store, self._block_len, policies)
     for source, own in prefixes.by_source(copies).items():
       with self._clock('copy'):
-        if isinstance(source, bytes):
+        if isinstance(source, prefixes.Key):
           row = self._store.row(source)
         else:
           row = self._take(source, max(copy.count for copy in own))
@@ -467,14 +418,15 @@ class Engine:
 
   def _keep(self, index: int, length: int) -> None:
     """Puts the slot's first tokens, which another conversation had, too, into the store."""
-    ids = self._ids[index, :length]
-    if length < 4 * self._block_len or self._store.find(ids)[0] > length - self._block_len:
+    ids, policy = self._ids[index, :length], self._slots[index].policy
+    found, _ = self._store.find(ids, policy)
+    if length < 4 * self._block_len or found > length - self._block_len:
       return
     positions = next(n for n in self._lengths if n >= length)
     size = self._caches[0].nbytes // (self._group_size * self.max_len) * positions
     if size <= self._store.max_bytes:
       with self._clock('copy'):
-        self._store.add(ids, self._take(index, length))
+        self._store.add(ids, self._take(index, length), policy)
 
   def _take(self, slot: int, length: int) -> KVCache:
     """A copy of the slot's first tokens, and of what lies behind them up to a static length."""
@@ -511,10 +463,11 @@ class Engine:
         self.stats.prefilled += len(piece)
       self.stats.prefill_computed += size * width
       attend_len = next(n for n in self._prefill_lengths if n >= longest)
+      own = slice(members.start, members.stop)
       with self._clock('prefill'):
         self._caches[group], self._states[group] = self._programs.prefill(
           self._params, self._caches[group], self._states[group], blocks, ends,
-          self._tables.arrays(slice(members.start, members.stop)), attend_len=attend_len
+          self._tables.arrays(own), self._gates_of(own), attend_len=attend_len
         )
         if len(self._caches) == 1:
           # Waits, but transfers nothing: prefill and decode are timed apart.

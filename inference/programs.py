@@ -1,7 +1,7 @@
 """The engine's compiled programs: prefill of blocks, and several steps of decoding.
 
 Axes: S slots, B blocks, T tokens of a block, R slots that start to sample, D embedding, C tokens of
-a verifying step (the newest and its draft).
+a verifying step (the newest and its draft), G columns of adapters that lie side by side.
 """
 
 import collections
@@ -104,21 +104,21 @@ def compiled(spec: Spec) -> Programs:
   """The programs of a spec; engines with equal specs and shapes share what is compiled."""
   traces = collections.Counter()
 
-  def prefill_program(params, cache, state, blocks, ends, tries=None, *, attend_len):
+  def prefill_program(params, cache, state, blocks, ends, tries=None, gates=None, *, attend_len):
     traces['prefill'] += 1
-    return prefill(spec, params, cache, state, blocks, ends, tries, attend_len=attend_len)
+    return prefill(spec, params, cache, state, blocks, ends, tries, gates, attend_len=attend_len)
 
   def prefix_program(cache, *, attend_len):
     traces['prefix'] += 1
     return cache.prefix(attend_len)
 
-  def decode_program(params, prefix, state, leave_at, tries=None):
+  def decode_program(params, prefix, state, leave_at, tries=None, gates=None):
     traces['decode'] += 1
-    return decode(spec, params, prefix, state, leave_at, tries)
+    return decode(spec, params, prefix, state, leave_at, tries, gates)
 
-  def verify_program(params, prefix, state, leave_at, tries, context, drafting):
+  def verify_program(params, prefix, state, leave_at, tries, gates, context, drafting):
     traces['verify'] += 1
-    return verify(spec, params, prefix, state, leave_at, tries, context, drafting)
+    return verify(spec, params, prefix, state, leave_at, tries, gates, context, drafting)
 
   def absorb_program(cache, new):
     traces['absorb'] += 1
@@ -186,6 +186,7 @@ def prefill(
   blocks: jax.Array,
   ends: jax.Array,
   tries: Tries = None,
+  gates: jax.Array | None = None,
   *,
   attend_len: int,
 ) -> tuple[KVCache, SlotState]:
@@ -200,6 +201,8 @@ def prefill(
       first token, budget the turn's max_new_tokens. A block with count 0 is padding.
     ends: int32 [R], rows of `blocks` that are the last of their slot; B where there is none.
     tries: what the slots may reply.
+    gates: float32 [S, G], which of several adapters each slot has (`models.adapters`); None where
+      there is one at most.
     attend_len: static, at least the end of the furthest block.
   """
   width = spec.block_len
@@ -213,6 +216,7 @@ def prefill(
     counts,
     slots=slots,
     attend_len=attend_len,
+    gates=None if gates is None else gates[slots],
   )
   there = ends < blocks.shape[0]
   rows = jnp.minimum(ends, blocks.shape[0] - 1)
@@ -248,6 +252,7 @@ def decode(
   state: SlotState,
   leave_at: jax.Array,
   tries: Tries = None,
+  gates: jax.Array | None = None,
 ) -> tuple[New, SlotState, jax.Array]:
   """Samples up to `decode_steps` tokens for every active slot.
 
@@ -259,6 +264,7 @@ def decode(
     state: donated.
     leave_at: int32, return as soon as no more slots than this are active.
     tries: what the slots may reply; their nodes are those before the prefill's token.
+    gates: as for `prefill`.
 
   Returns:
     What the cache has to absorb, the slots' state, and all that the host wants to know as one int32
@@ -278,7 +284,7 @@ def decode(
   def advance(carry):
     step, tail, state, tokens, logprobs, nodes = carry
     hidden, tail = decoder.forward_step(
-      spec.graphdef, *params, state.last, prefix, tail, before, step
+      spec.graphdef, *params, state.last, prefix, tail, before, step, gates=gates
     )
     new, logprob, stop = _choose(
       spec, params, hidden, state.engine_seed, state.seed, state.index, edges, nodes
@@ -332,6 +338,7 @@ def verify(
   state: SlotState,
   leave_at: jax.Array,
   tries: Tries,
+  gates: jax.Array | None,
   context: jax.Array,
   drafting: jax.Array,
 ) -> tuple[New, SlotState, jax.Array]:
@@ -339,7 +346,7 @@ def verify(
 
   Args:
     spec: static; its `lookup` is set.
-    params, prefix, state, leave_at, tries: as for `decode`.
+    params, prefix, state, leave_at, tries, gates: as for `decode`.
     context: int32 [S, the prefix's length], the cached tokens.
     drafting: bool [S], slots that draft; the others sample one token a step.
 
@@ -369,7 +376,7 @@ def verify(
     places = at_columns(places, own, start)
     fed = jnp.concatenate([state.last[:, None], drafts], axis=1)
     hidden, tail = decoder.forward_step(
-      spec.graphdef, *params, fed, prefix, tail, before, start, places
+      spec.graphdef, *params, fed, prefix, tail, before, start, places, gates
     )
     seeds = jnp.broadcast_to(state.seed[:, None], fed.shape)
     indices = state.index[:, None] + ahead.astype(jnp.uint32)

@@ -1,7 +1,6 @@
 """Replies that are restricted to given ones: a trie of their tokens, read on the device.
 
-A node is where a reply stands; node 0 is its beginning. The edges of a node say which tokens may
-come next. They are built on the host, where the replies are known, and travel as a table with each
+Tries are built where the replies are known (`data.replies`), and travel as a table with each
 dispatch; a slot that is not restricted stands at FREE, where every token may come.
 
 Axes: S slots, E edges, V vocabulary.
@@ -13,62 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Nodes that no edge leaves: FREE allows every token, and DEAD, behind a token that was not allowed,
-# none.
-FREE, DEAD = -1, -2
+from data.replies import DEAD, FREE, Trie
+
 _PADDING = -3
 _MIN_EDGES = 128
-
-
-class Trie:
-  """The replies that are allowed, as token sequences.
-
-  Attributes:
-    edges: int32 [E, 3], of each edge the node that it leaves, its token, and the node it leads to.
-    longest: tokens of the longest reply, of those that end in free text without that.
-  """
-
-  def __init__(
-    self, replies: Sequence[Sequence[int]], openings: Sequence[Sequence[int]] = ()
-  ):
-    """Builds the trie.
-
-    Args:
-      replies: whole ones, each with the stop token that ends it.
-      openings: beginnings behind which every token may follow.
-
-    Raises:
-      ValueError: nothing is allowed, or a reply has no token.
-    """
-    self._children: dict[tuple[int, int], int] = {}
-    count = 1
-    for opens, sequences in ((False, replies), (True, openings)):
-      for sequence in sequences:
-        if not len(sequence):
-          raise ValueError('A reply without tokens cannot be allowed.')
-        node = 0
-        for i, token in enumerate(map(int, sequence)):
-          if opens and i == len(sequence) - 1:
-            self._children[node, token] = FREE
-          elif (node, token) not in self._children:
-            self._children[node, token] = count
-            count += 1
-          node = self._children[node, token]
-          if node == FREE:
-            break
-    if not self._children:
-      raise ValueError('No reply is allowed at all.')
-    self.edges = np.asarray(
-      [(node, token, child) for (node, token), child in self._children.items()], np.int32)
-    self.longest = max(map(len, (*replies, *openings)))
-
-  def walk(self, node: int, tokens: Sequence[int]) -> int:
-    """The node behind tokens from a node on; DEAD behind one that is not allowed."""
-    for token in tokens:
-      if node == FREE:
-        break
-      node = self._children.get((node, int(token)), DEAD)
-    return node
 
 
 class Tables:

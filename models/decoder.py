@@ -61,7 +61,7 @@ class Attention(nnx.Module):
       self.q_norm = RMSNorm(config.head_dim, config, 'head_dim')
       self.k_norm = RMSNorm(config.head_dim, config, 'head_dim')
 
-  def project(self, x, adapter_x, rotary):
+  def project(self, x, adapter_x, rotary, gates=None):
     """x [B, T, D] -> q [B, T, N, H] and k [B, T, K, H], rotated, and v [B, T, K, H].
 
     Attention divides the scores by the square root of H; what else a family scales them by is done
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
     """
     config = self.config
     split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
-    q, k, v = map(split, project((self.q, self.k, self.v), x, adapter_x))
+    q, k, v = map(split, project((self.q, self.k, self.v), x, adapter_x, gates))
     if config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotary.rotate(q), rotary.rotate(k)
@@ -110,8 +110,11 @@ class Block(nnx.Module):
       self.mlp_post_norm = RMSNorm(config.embed_dim, config)
     self.activation, self.post_norms = config.activation, config.post_norms
 
-  def __call__(self, x, rotary, attend, dropout_key=None, *, remat_mlp=False):
-    """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache."""
+  def __call__(self, x, rotary, attend, dropout_key=None, *, remat_mlp=False, gates=None):
+    """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache.
+
+    `gates` [B, 1, R] are those of `layers.project`.
+    """
 
     def drop(x, index):
       if dropout_key is None or self.lora is None or not self.lora.dropout:
@@ -120,16 +123,16 @@ class Block(nnx.Module):
       return dropout(x, self.lora.dropout, jax.random.fold_in(dropout_key, index))
 
     y = self.attn_norm(x)
-    y = attend(*self.attn.project(y, drop(y, 0), rotary))
+    y = attend(*self.attn.project(y, drop(y, 0), rotary, gates))
     y = y.reshape(*y.shape[:-2], -1)
-    y = self.attn.o(y, drop(y, 1))
+    y = self.attn.o(y, drop(y, 1), gates)
     x = x + (self.attn_post_norm(y) if self.post_norms else y)
 
     def feed_forward(x):
       y = self.mlp_norm(x)
       adapter_y = drop(y, 2)
-      y = gated(*project((self.mlp.gate, self.mlp.up), y, adapter_y), self.activation)
-      y = self.mlp.down(y, drop(y, 3))
+      y = gated(*project((self.mlp.gate, self.mlp.up), y, adapter_y, gates), self.activation)
+      y = self.mlp.down(y, drop(y, 3), gates)
       return self.mlp_post_norm(y) if self.post_norms else y
 
     if remat_mlp:
@@ -463,6 +466,7 @@ def forward_cached(
   *,
   attend_len: int,
   slots: jax.Array | None = None,
+  gates: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
   """Extends the slots of a cache by new tokens.
 
@@ -478,6 +482,7 @@ def forward_cached(
     slots: int32 [B], the slot of each row; None: row b is slot b, for all slots. A prefill of few
       slots then costs few rows, and a long prompt can be several rows of one slot, each with its
       own `lengths`.
+    gates: float32 [B, R], of each row, where the adapter is several (`models.adapters`).
 
   Returns:
     float32 [B, T, D] after the final norm (tokens beyond `counts` mean nothing), and the cache.
@@ -486,6 +491,7 @@ def forward_cached(
   config = model.config
   rotary = _rotary(config, lengths[:, None] + jnp.arange(tokens.shape[1]))
   x, layers = _embed(model, tokens), []
+  gates = None if gates is None else gates[:, None]
   for block, window, own in zip(_unstacked(model), config.windows, cache.layers, strict=True):
 
     def attend(q, k, v, own=own, window=window):
@@ -493,7 +499,7 @@ def forward_cached(
       k, v, *scales = kv_cache.read(layers[-1], attend_len, slots)
       return cached_attention(q, k, v, lengths, *scales, window=window)
 
-    x = block(x, rotary[window], attend)
+    x = block(x, rotary[window], attend, gates=gates)
   return model.final_norm(x), KVCache.of(layers)
 
 
@@ -507,6 +513,7 @@ def forward_step(
   lengths: jax.Array,
   step: jax.Array,
   places: jax.Array | None = None,
+  gates: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
   """One step of a decode loop over all slots, which `KVCache.absorb` ends.
 
@@ -521,6 +528,7 @@ def forward_step(
     step: int32, the first token's column of the tail.
     places: int32 [B, W], the position of each column of the tail, `kv_cache.OUTSIDE` for one that
       does not count; None: they follow the prefix.
+    gates: float32 [B, R], of each slot, where the adapter is several (`models.adapters`).
 
   Returns:
     float32 [B, D] (or [B, T, D]) after the final norm, and the tail with the tokens' keys and
@@ -533,6 +541,7 @@ def forward_step(
   own = jax.lax.dynamic_slice_in_dim(places, step, rows.shape[1], axis=1)
   rotary = _rotary(model.config, own)
   x, layers, windows = _embed(model, rows), [], model.config.windows
+  gates = None if gates is None else gates[:, None]
   layered = zip(_unstacked(model), windows, prefix.layers, tail.layers, strict=True)
   for block, window, old, new in layered:
 
@@ -540,7 +549,7 @@ def forward_step(
       layers.append(kv_cache.put(new, k, v, step))
       return decode_attention(q, old, layers[-1], lengths, step, places, window=window)
 
-    x = block(x, rotary[window], attend)
+    x = block(x, rotary[window], attend, gates=gates)
   return model.final_norm(x).reshape(*tokens.shape, -1), KVCache.of(layers)
 
 

@@ -199,9 +199,11 @@ class Linear(nnx.Module):
       self.lora_a = nnx.LoRAParam(lora_a, out_sharding=(axes[0], 'rank'))
       self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, out_dim)), out_sharding=('rank', axes[1]))
 
-  def __call__(self, x: jax.Array, adapter_x: jax.Array | None = None) -> jax.Array:
-    """float32 [..., in] -> float32 [..., out]; `adapter_x` is x after the adapter's dropout."""
-    return project((self,), x, adapter_x)[0]
+  def __call__(
+    self, x: jax.Array, adapter_x: jax.Array | None = None, gates: jax.Array | None = None
+  ) -> jax.Array:
+    """float32 [..., in] -> float32 [..., out]; the rest as for `project`."""
+    return project((self,), x, adapter_x, gates)[0]
 
   def base(self, x: jax.Array) -> jax.Array:
     """What comes out without the adapter."""
@@ -215,7 +217,10 @@ class Linear(nnx.Module):
 
 
 def project(
-  linears: Sequence[Linear], x: jax.Array, adapter_x: jax.Array | None = None
+  linears: Sequence[Linear],
+  x: jax.Array,
+  adapter_x: jax.Array | None = None,
+  gates: jax.Array | None = None,
 ) -> list[jax.Array]:
   """The results of projections that read the same input: q, k and v, or gate and up.
 
@@ -229,6 +234,8 @@ def project(
     linears: with the same config; those with adapters have them of the same shape.
     x: float32 [..., in].
     adapter_x: x after the adapters' dropout; None is x.
+    gates: float32 [..., R], what each row multiplies the columns between the factors by, where an
+      adapter is several (`models.adapters`).
 
   Returns:
     float32 [..., out] of each.
@@ -243,6 +250,7 @@ def project(
   inner = matmul(x if adapter_x is None else adapter_x, kernel, first.dtype, frozen=False)
   parts = jnp.split(inner * first.lora.scale, len(adapted), axis=-1)
   for i, part in zip(adapted, parts, strict=True):
+    part = part if gates is None else part * gates
     results[i] += matmul(part, linears[i].lora_b.get_value(), first.dtype, frozen=False)
   return results
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 import rollout as rollout_lib
-from agents import shares
+from agents import policy, shares
 from configs import rollout as config_lib
 from data import errors, trajectory
 from envs import household_files, household_official
+from models import decoder, weights
+from models.lora import LoraConfig
 from tests.agents import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -291,6 +293,70 @@ def test_a_mesh_plays_the_same_greedy_episodes_as_one_device(tmp_path, tokenizer
   for mesh in ('4,1,1', '2,1,2', '1,2,2'):
     rollout_lib.run(mesh_config(tokenizer, mesh=mesh), tmp_path / mesh)
     check_same(trajectory.load_episodes(tmp_path / mesh), one)
+
+
+@pytest.fixture(scope='module')
+def adapter(tokenizer, tmp_path_factory):
+  """One with an effect, for the model of `mesh_config`."""
+  base = policy.load_base(
+    'smollm2_135m', 'random', tokenizer=str(tokenizer), shrink=True)
+  lora = LoraConfig(4, 64.0)
+  rng = np.random.default_rng(0)
+  params = {
+    name: 0.3 * rng.standard_normal(x.shape).astype(np.float32)
+    for name, x in decoder.to_params(decoder.abstract(base.config, lora).lora).items()}
+  folder = tmp_path_factory.mktemp('adapter') / 'adapter'
+  weights.export_peft(folder, base.config, lora, params, 'tiny')
+  return folder
+
+
+def test_adapters_side_by_side_play_what_each_plays_alone(tmp_path, tokenizer, adapter, capsys):
+  both = mesh_config(tokenizer, adapters=f'student:{adapter};plain:', episodes=4)
+  rollout_lib.run(both, tmp_path / 'both')
+  shown = capsys.readouterr().out
+  episodes = trajectory.load_episodes(tmp_path / 'both')
+  assert [(e.policy, e.task_id) for e in episodes[:2]] == [
+    ('student', episodes[0].task_id), ('plain', episodes[0].task_id)]
+  alone = mesh_config(tokenizer, adapter=str(adapter), policy='student', episodes=4)
+  rollout_lib.run(alone, tmp_path / 'alone')
+  own = {name: [e for e in episodes if e.policy == name] for name in ('student', 'plain')}
+  replies = [[step.reply for e in played for step in e.steps] for played in own.values()]
+  assert replies[0] != replies[1]
+  check_same(own['student'], trajectory.load_episodes(tmp_path / 'alone'))
+
+  written = json.loads((tmp_path / 'both' / 'summary.json').read_text())
+  assert [(row['id'], row['n']) for row in written['rows']] == [('student', 4), ('plain', 4)]
+  (pair,) = written['paired']
+  assert (pair['a'], pair['b'], pair['n']) == ('plain', 'student', 4) and len(pair['ci95']) == 2
+  assert 'plain - student: ' in shown and 'student ended by: ' in shown
+  # A finished run is shown again; one that lacks a game of one policy goes on with that one.
+  capsys.readouterr()
+  rollout_lib.run(both, tmp_path / 'both')
+  assert capsys.readouterr().out == shown
+  journal = tmp_path / 'both' / trajectory.JOURNAL_NAME
+  journal.write_bytes(b''.join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+  rollout_lib.run(both, tmp_path / 'both', share=shares.Share(1, 2))
+  rollout_lib.run(both, tmp_path / 'both', share=shares.Share(0, 2))
+  again = trajectory.Journal(journal).read()
+  assert len(again) == 8
+  check_same(again, episodes)
+
+
+@pytest.mark.parametrize('values, says', [
+  ({'adapters': 'a'}, "'a' is not of the form NAME:FOLDER (NAME: alone is the base)"),
+  ({'adapters': 'a:'}, 'adapters=a: names one policy'),
+  ({'adapters': 'a:;b:'}, 'names the base twice'),
+  ({'adapters': 'a:x;a:y'}, "gives the name 'a' to two policies; take another"),
+  ({'adapters': 'a:;b:/nowhere'}, '/nowhere is no PEFT adapter folder'),
+  ({'adapters': 'a:;b:x', 'adapter': 'y'}, 'and adapter does not go with it'),
+  ({'adapters': 'a:;b:x', 'policy': 'y'}, 'and policy does not go with it'),
+  ({'adapters': 'a:;b:x', 'agent': 'expert'}, 'and agent=expert does not go with it'),
+  ({'adapters': 'a:;b:x', 'grow': 2, 'memory': 'experience'}, 'and grow does not go with it')])
+def test_adapters_that_cannot_play_side_by_side_are_one_sentence(
+    tmp_path, tokenizer, values, says):
+  with pytest.raises(errors.UserError, match=re.escape(says)):
+    rollout_lib.run(mesh_config(tokenizer, **values), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('values, says', [

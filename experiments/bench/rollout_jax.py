@@ -134,8 +134,8 @@ def play(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
       start = time.perf_counter()
       episodes = runner.play(
-        engine, tokenizer, suite, tasks, spec, labels, folder, examples=examples,
-        progress=False)
+        engine, tokenizer, suite, episode_lib.games(tasks, [labels]), spec, folder,
+        examples=examples, progress=False)
       wall_s = time.perf_counter() - start
     if warm:
       compile_s = engine.stats.compile_s

@@ -125,7 +125,7 @@ class ScriptedEngine:
     self.submitted = 0
 
   def submit(self, slot, tokens, max_new_tokens, *, reset=False, keep=None, seed=None,
-             allowed=None):
+             allowed=None, policy=None):
     assert slot not in self._pending and len(tokens)
     cached = 0 if reset else len(self.context[slot]) if keep is None else keep
     assert cached <= len(self.context[slot])

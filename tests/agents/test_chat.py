@@ -81,16 +81,16 @@ def engine(model):
 @pytest.fixture(scope='module')
 def scheduler(tokenizer, model):
   made = chat.Scheduler(
-    tokenizer, lambda name, sampling: engine(model), ['tiny'], max_context=256, max_waiting=8,
+    tokenizer, lambda sampling: engine(model), ['tiny'], max_context=256, max_waiting=8,
     piece=5)
   yield made
   made.close()
 
 
-def ask(scheduler, tokenizer, messages, **options):
+def ask(scheduler, tokenizer, messages, model='tiny', **options):
   """Text and outcome of a request."""
   request = chat.Request(
-    'tiny', chat.render(tokenizer, messages), **{'max_new_tokens': 12, **options})
+    model, chat.render(tokenizer, messages), **{'max_new_tokens': 12, **options})
   scheduler.submit(request)
   text = []
   while True:
@@ -157,7 +157,7 @@ def test_a_cancelled_request_frees_its_slot(scheduler, tokenizer):
 def test_a_full_queue_a_broken_engine_and_the_end_are_told(tokenizer):
   begun, go = threading.Event(), threading.Event()
 
-  def make(name, sampling):
+  def make(sampling):
     begun.set()
     go.wait(60)
     raise RuntimeError('no memory')
@@ -189,13 +189,14 @@ class OneToken:
   num_slots = 2
 
   def __init__(self, obliging=False):
-    self.asked, self.budgets, self.obliging = {}, [], obliging
+    self.asked, self.budgets, self.policies, self.obliging = {}, [], [], obliging
 
   @property
   def busy(self):
     return len(self.asked)
 
-  def submit(self, slot, tokens, max_new_tokens, **_):
+  def submit(self, slot, tokens, max_new_tokens, *, policy=None, **_):
+    self.policies.append(policy)
     self.asked[slot] = len(tokens), max_new_tokens if self.obliging else 1
     self.budgets.append(max_new_tokens)
 
@@ -211,7 +212,7 @@ class OneToken:
 def test_a_stream_s_first_token_waits_for_no_second_one(tokenizer, options, budgets):
   engine = OneToken(obliging=True)
   scheduler = chat.Scheduler(
-    tokenizer, lambda name, sampling: engine, ['tiny'], max_context=256, max_waiting=4, piece=16)
+    tokenizer, lambda sampling: engine, ['tiny'], max_context=256, max_waiting=4, piece=16)
   text, outcome = ask(scheduler, tokenizer, [user('a')], max_new_tokens=40, **options)
   scheduler.close()
   assert engine.budgets == budgets and outcome.completion_tokens == 40
@@ -227,7 +228,7 @@ def test_an_empty_generation_is_an_empty_reply(tokenizer, monkeypatch, streams):
     Completion(slot, np.array([end], np.int32), np.zeros(1, np.float32), 'stop', n, n)
     for slot, (n, _) in [engine.asked.popitem()]])
   scheduler = chat.Scheduler(
-    tokenizer, lambda name, sampling: engine, ['tiny'], max_context=256, max_waiting=4)
+    tokenizer, lambda sampling: engine, ['tiny'], max_context=256, max_waiting=4)
   text, outcome = ask(scheduler, tokenizer, [user('a')], streams=streams)
   scheduler.close()
   assert text == [] and outcome.finish_reason == 'stop' and outcome.completion_tokens == 1
@@ -236,7 +237,7 @@ def test_an_empty_generation_is_an_empty_reply(tokenizer, monkeypatch, streams):
 def test_engines_that_are_idle_make_room_for_others(tokenizer):
   made = []
 
-  def make(name, sampling):
+  def make(sampling):
     made.append(sampling.temperature)
     return OneToken()
 
@@ -246,3 +247,26 @@ def test_engines_that_are_idle_make_room_for_others(tokenizer):
     ask(scheduler, tokenizer, [user('a')], sampling=chat.Sampling(temperature), max_new_tokens=1)
   assert made == [0.0, 0.5, 0.0]
   scheduler.close()
+
+
+def test_models_are_the_policies_of_one_engine_and_find_only_their_own_conversations(tokenizer):
+  made = []
+
+  def make(sampling):
+    made.append(OneToken())
+    return made[-1]
+
+  scheduler = chat.Scheduler(
+    tokenizer, make, ['tiny', 'student'], max_context=256, max_waiting=4)
+  messages = [user('You see a desk 1.')]
+  cached = [
+    ask(scheduler, tokenizer, messages, model, max_new_tokens=1)[1].cached_tokens > 0
+    for model in ('tiny', 'student', 'tiny', 'student')]
+  # A third conversation takes the slot of the first; that with the other model stays.
+  other = [user('Something else.')]
+  cached += [
+    ask(scheduler, tokenizer, asked, model, max_new_tokens=1)[1].cached_tokens > 0
+    for asked, model in ((other, 'student'), (messages, 'student'), (messages, 'tiny'))]
+  scheduler.close()
+  assert cached == [False, False, True, True, False, True, False]
+  assert len(made) == 1 and made[0].policies == [0, 1, 0, 1, 1, 1, 0]

@@ -15,7 +15,8 @@ SPEC = episode_lib.AgentSpec('react', max_env_steps=6, max_calls=9, max_repeats=
 
 def start(tokenizer, index=1, spec=SPEC, make=SUITE.make, **options):
   task = SUITE.tasks('test')[index]  # index 1: lever 2
-  run = episode_lib.EpisodeRun(task, make, tokenizer, spec, LABELS, **options)
+  run = episode_lib.EpisodeRun(
+    episode_lib.Game(task, LABELS), make, tokenizer, spec, **options)
   run.start()
   return run
 

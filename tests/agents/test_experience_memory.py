@@ -49,7 +49,8 @@ def play(tokenizer, workdir, script, **options):
     tokenizer, script, overflow=ContextOverflow, completion=Completion,
     num_slots=options.pop('num_slots', 3))
   episodes = runner.play(
-    engine, tokenizer, SUITE, tasks, SPEC, LABELS, workdir, progress=False, **options)
+    engine, tokenizer, SUITE, episode_lib.games(tasks, [LABELS]), SPEC, workdir, progress=False,
+    **options)
   return episodes, engine
 
 
@@ -175,9 +176,11 @@ def test_a_bank_that_grows_knows_what_was_played_before_and_nothing_else(tokeniz
       return _tries(text)
 
     def play_some(group, memories, progress):
-      return play(tokenizer, workdir, one_more, tasks=group, memories=memories)[0]
+      own = [game.task for game in group]
+      return play(tokenizer, workdir, one_more, tasks=own, memories=memories)[0]
 
-    return rollout.play_and_remember(play_some, tasks, memory, 3, workdir)
+    games = episode_lib.games(tasks, [LABELS])
+    return rollout.play_and_remember(play_some, games, memory, 3, workdir)
 
   episodes = run(tmp_path / 'a')
   order = [task.id for task in tasks]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,36 @@ def test_an_adapter_goes_on_the_same_base(base, tmp_path):
     np.testing.assert_array_equal(value, decoder.to_params(adapted.frozen)[name])
   for name, value in params.items():
     np.testing.assert_array_equal(value, decoder.to_params(adapted.lora)[name])
+
+
+def test_policies_lie_side_by_side_over_one_base(base, tmp_path):
+  folders = ['']
+  for rank, targets in ((2, ('q', 'down')), (3, lora.TARGETS)):
+    config = lora.LoraConfig(rank, 6.0, targets=targets)
+    shapes = decoder.to_params(decoder.abstract(base.config, config).lora)
+    params = {name: np.full(x.shape, rank, np.float32) for name, x in shapes.items()}
+    folders.append(str(tmp_path / str(rank)))
+    weights.export_peft(folders[-1], base.config, config, params, 'tiny')
+  several = base.policies(folders)
+  np.testing.assert_array_equal(
+    several.gates, [[0.0] * 5, [3.0, 3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0, 2.0]])
+  joint = decoder.to_params(several.model.lora)
+  np.testing.assert_array_equal(
+    joint['blocks.attn.k.lora_a'][..., 2:], params['blocks.attn.k.lora_a'])
+  # The first of them has nothing there.
+  assert not joint['blocks.attn.k.lora_a'][..., :2].any()
+  held = decoder.to_params(several.model.frozen)
+  assert all(held[k] is v for k, v in decoder.to_params(base.model().frozen).items())
+  assert base.policies(folders[1:2]).lora_config.rank == 2
+  # A quantised base is dequantised, as where one adapter is merged.
+  coded = dataclasses.replace(
+    base, config=dataclasses.replace(base.config, base_quantization='int8'), params=held)
+  several = coded.policies(folders)
+  assert several.model.config.base_quantization == 'none'
+  name = 'blocks.mlp.up.kernel'
+  np.testing.assert_array_equal(
+    decoder.to_params(several.model.frozen)[name],
+    decoder.to_params(decoder.merge_lora(coded.model()).frozen)[name])
 
 
 @pytest.mark.parametrize('entry', [rollout, serve])

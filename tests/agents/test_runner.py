@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import threading
 
 import pytest
 
@@ -24,13 +25,17 @@ def engine(tokenizer, answers=script, **options):
     **options)
 
 
+def games(suite, players=(LABELS,)):
+  return episode_lib.games(suite.tasks('test'), players)
+
+
 def play(tokenizer, workdir, answers=script, *, count=10, spec=SPEC, suite=None, memories=None,
          progress=False, **options):
   suite = suite or fakes.LeverSuite(count)
   played = engine(tokenizer, answers, **options)
   return runner.play(
-    played, tokenizer, suite, suite.tasks('test'), spec, LABELS, workdir, memories=memories,
-    progress=progress), played
+    played, tokenizer, suite, games(suite), spec, workdir, memories=memories, progress=progress
+  ), played
 
 
 @pytest.mark.parametrize('num_slots', [1, 3, 16])
@@ -47,6 +52,25 @@ def test_slots_do_not_change_what_is_played(tokenizer, tmp_path):
   one, _ = play(tokenizer, tmp_path / 'one', num_slots=1)
   four, _ = play(tokenizer, tmp_path / 'four', num_slots=4)
   for a, b in zip(one, four):
+    a.wall_s = b.wall_s = 0.0
+    assert a == b
+
+
+def test_environments_that_can_are_asked_at_the_same_time(tokenizer, tmp_path):
+  suite, calm = fakes.LeverSuite(6), fakes.LeverSuite(6)
+  suite.parallel = 2
+  first_two = [threading.Barrier(2, timeout=10).wait] * 2
+
+  class Waiting(fakes.LeverEnvironment):
+    def reset(self):
+      if first_two:
+        first_two.pop()()
+      return super().reset()
+
+  suite.make = Waiting
+  played, _ = play(tokenizer, tmp_path / 'at once', suite=suite, num_slots=2)
+  alone, _ = play(tokenizer, tmp_path / 'in turn', suite=calm, num_slots=2)
+  for a, b in zip(played, alone, strict=True):
     a.wall_s = b.wall_s = 0.0
     assert a == b
 
@@ -184,8 +208,8 @@ def test_after_each_episode_the_caller_is_told(tokenizer, tmp_path):
   suite, labels = fakes.LeverSuite(4), episode_lib.Labels('expert', 'expert', 'train', 0)
   told = []
   runner.play(
-    engine(tokenizer), tokenizer, suite, suite.tasks('test'), SPEC, LABELS, tmp_path / 'a',
-    progress=False, after_episode=lambda: told.append('played'))
+    engine(tokenizer), tokenizer, suite, games(suite), SPEC, tmp_path / 'a', progress=False,
+    after_episode=lambda: told.append('played'))
   runner.play_each(
     lambda task: expert_episodes.expert_episode(suite, task, tokenizer, SPEC, labels),
     suite.tasks('train'), labels, tmp_path / 'b', progress=False,

@@ -8,7 +8,7 @@ import pytest
 from agents import episode as episode_lib
 from agents import expert_episodes, runner
 from data import errors
-from envs import get_suite
+from envs import get_suite, workers
 from inference import Engine, SamplingConfig
 from models import decoder, registry
 from tests.agents import fakes
@@ -57,7 +57,8 @@ def test_what_prompts_share_is_computed_once(tokenizer, make_engine, tmp_path, c
   for share in (True, False):
     engine = make_engine(share_prefixes=share)
     played[share] = runner.play(
-      engine, tokenizer, suite, tasks, SPEC, LABELS, tmp_path / str(share), examples=examples)
+      engine, tokenizer, suite, episode_lib.games(tasks, [LABELS]), SPEC, tmp_path / str(share),
+      examples=examples)
     new = sum(episode.prefilled_tokens for episode in played[share])
     # The prediction of the run's time is not counted.
     assert engine.stats.prefilled + engine.stats.copied == new
@@ -86,7 +87,8 @@ def test_every_action_of_a_constrained_agent_is_admissible(tokenizer, make_engin
   for name, suite, tasks in (
       ('levers', levers, levers.tasks('test')), ('houses', houses, house.tasks('valid_seen'))):
     episodes = runner.play(
-      engine, tokenizer, suite, tasks, spec, LABELS, tmp_path / name, progress=False)
+      engine, tokenizer, suite, episode_lib.games(tasks, [LABELS]), spec, tmp_path / name,
+      progress=False)
     assert suite.seen and all(admissible for _, admissible in suite.seen)
     for episode in episodes:
       for step in episode.steps:
@@ -94,10 +96,27 @@ def test_every_action_of_a_constrained_agent_is_admissible(tokenizer, make_engin
   # A random model hits none of them otherwise.
   free = Watched(count=2)
   runner.play(
-    engine, tokenizer, free, free.tasks('test'), episode_lib.AgentSpec(
-      agent, max_env_steps=2, max_calls=2, max_new_tokens=8), LABELS, tmp_path / 'free',
-    progress=False)
+    engine, tokenizer, free, episode_lib.games(free.tasks('test'), [LABELS]), episode_lib.AgentSpec(
+      agent, max_env_steps=2, max_calls=2, max_new_tokens=8), tmp_path / 'free', progress=False)
   assert not any(admissible for _, admissible in free.seen)
+
+
+def test_masks_built_in_workers_restrict_to_the_same_tokens(tokenizer, make_engine, tmp_path):
+  spec = episode_lib.AgentSpec(
+    'react', max_env_steps=3, max_calls=4, max_new_tokens=60, constrained=True)
+  options = {'skills': 'loop', 'num_valid': 3}
+  house = get_suite('household', **options)
+  pool = workers.WorkerSuite(house, 'household', options, workers=2)
+  games = episode_lib.games(house.tasks('valid_seen'), [LABELS])
+  engine, played = make_engine(), []
+  for name, suite in (('here', house), ('elsewhere', pool)):
+    played.append(runner.play(
+      engine, tokenizer, suite, games, spec, tmp_path / name, progress=False))
+    engine.forget()
+  pool.close()
+  assert pool.counts['started'] == 2
+  for ours, theirs in zip(*played, strict=True):
+    assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.env_steps == theirs.env_steps
 
 
 def test_what_cannot_be_constrained_is_told(tokenizer, make_engine, tmp_path):
@@ -108,8 +127,8 @@ def test_what_cannot_be_constrained_is_told(tokenizer, make_engine, tmp_path):
   too_long = r"'pull lever 1' has \d+ tokens .*max_new_tokens is 2"
   with pytest.raises(errors.UserError, match=too_long):
     runner.play(
-      make_engine(), tokenizer, suite, suite.tasks('test'), short, LABELS, tmp_path / 'short',
-      progress=False)
+      make_engine(), tokenizer, suite, episode_lib.games(suite.tasks('test'), [LABELS]), short,
+      tmp_path / 'short', progress=False)
 
   class Broken(fakes.LeverEnvironment):
     def admissible_commands(self):
@@ -117,6 +136,6 @@ def test_what_cannot_be_constrained_is_told(tokenizer, make_engine, tmp_path):
 
   suite.make = Broken
   episodes = runner.play(
-    make_engine(), tokenizer, suite, suite.tasks('test'),
-    episode_lib.AgentSpec('plain', constrained=True), LABELS, tmp_path / 'broken', progress=False)
+    make_engine(), tokenizer, suite, episode_lib.games(suite.tasks('test'), [LABELS]),
+    episode_lib.AgentSpec('plain', constrained=True), tmp_path / 'broken', progress=False)
   assert [episode.termination for episode in episodes] == ['env_error'] * 2

@@ -10,7 +10,9 @@ from hypothesis import strategies
 
 import envs
 from data import errors
+from data.replies import Replies
 from envs import base, workers
+from tests.agents import fakes
 from tests.envs import hostile
 
 NAME = 'tests.envs.hostile:HostileSuite'
@@ -73,6 +75,71 @@ def test_answers_are_those_of_the_environment_itself(houses, data):
     assert own.step(command) == remote.step(command)
   remote.close()
   assert base.limits_of(remote) == base.limits_of(own) and remote.restarts == 0
+
+
+@pytest.fixture(scope='module')
+def replies(tmp_path_factory):
+  tokenizer = fakes.make_tokenizer(tmp_path_factory.mktemp('workers') / 'tokenizer')
+  return Replies(tokenizer, ('think:',), 64)
+
+
+def test_masks_are_built_where_the_environment_is(houses, replies, monkeypatch):
+  suite, pool = houses
+  [task, *_] = suite.tasks('train')
+  own, remote = suite.make(task), pool.make(task)
+  assert own.reset() == remote.reset()
+  wanted, sent = [], []
+  for _ in range(3):
+    wanted.append(base.allowed_replies(own, replies))
+    command = own.admissible_commands()[0]
+    assert own.step(command) == remote.step(command)
+  remote.reset()
+  # Nothing of it is done in this process, and the tokenizer is sent once.
+  monkeypatch.setattr(Replies, 'trie', None)
+  monkeypatch.setattr(Replies, '__getstate__', lambda self: sent.append(self) or self.__dict__)
+  own = suite.make(task)
+  own.reset()
+  for trie in wanted:
+    found = base.allowed_replies(remote, replies)
+    assert found.edges.tolist() == trie.edges.tolist() and found.longest == trie.longest
+    remote.step(own.admissible_commands()[0])
+    own.step(own.admissible_commands()[0])
+  assert sent == [replies]
+  remote.close()
+
+
+def test_masks_are_built_again_by_a_worker_that_took_over(make_pool, tmp_path, replies):
+  pool = make_pool()
+  environment = pool.make(hostile.task(fault='is killed', once=str(tmp_path / 'once')))
+  environment.reset()
+  before = base.allowed_replies(environment, replies)
+  environment.step('now')
+  again = base.allowed_replies(environment, replies)
+  assert environment.restarts == 1 and again.edges.tolist() == before.edges.tolist()
+  short = Replies(replies._tokenizer, (), 1)
+  with pytest.raises(errors.UserError, match=r"command 'more' has .* max_new_tokens is 1"):
+    base.allowed_replies(environment, short)
+
+
+def test_who_waits_for_a_pool_that_is_closed_is_told(make_pool):
+  pool, raised = make_pool(), []
+  environment = pool.make(hostile.task(fault='hangs'))
+  environment.reset()
+
+  def step():
+    try:
+      environment.step('now')
+    except workers.EnvironmentDied as error:
+      raised.append(str(error))
+
+  thread = threading.Thread(target=step, daemon=True)
+  thread.start()
+  while not environment._worker._lock.locked():
+    time.sleep(0.01)
+  pool.close()
+  thread.join(30)
+  # No other worker was started to hang in its place.
+  assert raised == ['its workers were ended'] and pool.counts['started'] == 1
 
 
 @pytest.mark.parametrize('fault, what', [

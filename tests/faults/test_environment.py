@@ -31,7 +31,8 @@ def play(tokenizer, suite, tasks, workdir, replies=('look', 'inventory', 'dance'
     tokenizer, script, max_len=9000, overflow=engine_lib.ContextOverflow,
     completion=engine_lib.Completion)
   return runner.play(
-    played, tokenizer, suite, tasks, SPEC, LABELS, workdir, progress=False, **options)
+    played, tokenizer, suite, episode_lib.games(tasks, [LABELS]), SPEC, workdir, progress=False,
+    **options)
 
 
 def without_seconds(episodes):
@@ -148,7 +149,7 @@ def test_an_environment_that_dies_takes_no_run_with_it(tokenizer, tmp_path, caps
   assert kept == {e.task_id: e.env_restarts for e in episodes}
   row = summary.row(
     episodes, id='base', policy='base', memory='none', split='train', seed=0)
-  rollout.show(tmp_path, {'rows': [row]})
+  rollout.show(tmp_path, {'rows': [row], 'paired': []})
   number = sum(kept.values())
   assert row['env_restarts'] == number and f'{number} time(s) an episode was played again' in (
     capsys.readouterr().out)

@@ -112,9 +112,9 @@ def play(tokenizer, first, answers, hint='', instruction='pull'):
   task = base.Task('t', 'speaker', 'test', 'speak', instruction, {})
   remembered = memory.hints([hint]) if hint else memory.NO_MEMORY
   run = episode_lib.EpisodeRun(
-    task, lambda task: Speaker(first, answers), tokenizer,
-    episode_lib.AgentSpec('plain', max_repeats=99),
-    episode_lib.Labels('base', 'mock', 'test', 0), memory=remembered)
+    episode_lib.Game(task, episode_lib.Labels('base', 'mock', 'test', 0)),
+    lambda task: Speaker(first, answers), tokenizer,
+    episode_lib.AgentSpec('plain', max_repeats=99), memory=remembered)
   run.start()
   while not run.done:
     run.next_tokens()
@@ -227,8 +227,9 @@ def test_a_100_kb_observation_ends_its_episode_alone(tokenizers, tmp_path):
     tokenizer, script, max_len=2048, overflow=engine_lib.ContextOverflow,
     completion=engine_lib.Completion)
   episodes = runner.play(
-    played, tokenizer, suite, suite.tasks('test'), episode_lib.AgentSpec('plain'),
-    episode_lib.Labels('base', 'mock', 'test', 0), tmp_path, progress=False)
+    played, tokenizer, suite,
+    episode_lib.games(suite.tasks('test'), [episode_lib.Labels('base', 'mock', 'test', 0)]),
+    episode_lib.AgentSpec('plain'), tmp_path, progress=False)
   assert [e.termination for e in episodes] == ['success', *['context_overflow'] * 2] * 2
   over = episodes[1]
   assert over.model_calls == 2 and over.steps[-1].observation == LONG_TEXTS['words']

@@ -34,9 +34,10 @@ def test_the_store_drops_what_was_used_longest_ago():
   store = prefixes.PrefixStore(100)
   store.add(ids(1, 2, 3), Row(40))
   store.add(ids(4, 5), Row(40))
-  assert store.find(ids(1, 2, 9)) == (2, ids(1, 2, 3).tobytes())
-  assert store.find(ids(7)) == (0, b'')
-  store.row(ids(1, 2, 3).tobytes())
+  key = prefixes.Key(0, ids(1, 2, 3).tobytes())
+  assert store.find(ids(1, 2, 9)) == (2, key)
+  assert store.find(ids(7)) == (0, None)
+  store.row(key)
   store.add(ids(6), Row(30))
   assert store.find(ids(4, 5))[0] == 0 and store.find(ids(1, 2, 3))[0] == 3
   # A longer one with the same beginning takes its place.
@@ -48,12 +49,13 @@ def test_the_store_drops_what_was_used_longest_ago():
   assert len(store) == store.nbytes == 0
 
 
-def make_plan(rows, held, waiting, store=None, min_tokens=2):
+def make_plan(rows, held, waiting, store=None, min_tokens=2, policies=None):
   width = max(map(len, rows))
   table = np.asarray([[*row, *[99] * (width - len(row))] for row in rows], np.int32)
   waiting = {slot: prefixes.Waiting(held[slot], len(rows[slot])) for slot in waiting}
   return prefixes.plan(
-    table, np.asarray(held), waiting, store or prefixes.PrefixStore(100), min_tokens)
+    table, np.asarray(held), waiting, store or prefixes.PrefixStore(100), min_tokens,
+    np.asarray(policies or [0] * len(rows)))
 
 
 def test_what_another_slot_holds_is_copied():
@@ -73,7 +75,20 @@ def test_the_store_serves_where_it_has_more():
   store.add(ids(1, 2, 3, 4), Row(1))
   rows = [[1, 2, 3, 7], [1, 2, 3, 4, 5]]
   assert make_plan(rows, [4, 0], [1], store)[1] == [
-    prefixes.Copy(1, ids(1, 2, 3, 4).tobytes(), 4)]
+    prefixes.Copy(1, prefixes.Key(0, ids(1, 2, 3, 4).tobytes()), 4)]
+
+
+def test_policies_share_nothing():
+  # Slot 0 holds all of it and the store does, for policy 0; slots 1 and 3 have policy 1.
+  rows = [[*range(20), own] for own in (50, 51, 52, 53)]
+  store = prefixes.PrefixStore(100)
+  store.add(ids(*range(20)), Row(1), 0)
+  now, copies = make_plan(rows, [21, 0, 0, 0], [1, 2, 3], store, policies=[0, 1, 0, 1])
+  assert now == [1, 2] and copies == [prefixes.Copy(2, 0, 20)]
+  store.add(ids(*range(20), 9), Row(1), 1)
+  assert len(store) == 2 and store.find(ids(*range(20), 9), 0)[0] == 20
+  assert make_plan(rows, [21, 0, 0, 0], [3], store, policies=[0, 1, 0, 1])[1] == [
+    prefixes.Copy(3, prefixes.Key(1, ids(*range(20), 9).tobytes()), 20)]
 
 
 def test_of_several_with_one_beginning_the_first_computes_it():
