@@ -158,7 +158,7 @@ def section(record: Mapping[str, Any]) -> str:
     f'loss.\n\n{_table("train", done)}',
     f'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full{_held_twice(done)}.\n\n'
     f'{_table("decode", done)}',
-    f'Training on rows of {_LONG:,} tokens, half as many as devices or as many.\n\n'
+    f'Training on {_LONG_ROWS} rows of {_LONG:,} tokens at a time.\n\n'
     f'{_table("train", done, _LONG)}']
   if points(done):
     parts.append(f'![Training on ever more devices]({PLOT.name})')
