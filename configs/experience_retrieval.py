@@ -40,6 +40,9 @@ DEFAULTS = dict(
   model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # weights: '' published, 'random', or a path
   tokenizer='',
+  # In the place of `model`: one that the first stage trains from random weights, by this setting of
+  # configs/from_scratch.py.
+  decoder='',
   shrink=False,
   dtype='bfloat16',
   base_quantization='none',  # kernels of the frozen base: none, int8, int4, nf4

@@ -378,8 +378,8 @@ class WebShopSuite:
       task: the task.
       known_rules: of `webshop_expert.CARES`, what it is reminded of.
       max_steps: the episode's limit.
-      error_rate: probability of each care that it is forgotten in all goals of a category, unless it
-        is reminded of it: what it cannot do is then a matter of what is bought, and not of chance.
+      error_rate: probability of each care that it is forgotten in all goals of a category, unless
+        it is reminded of it: what goes wrong is then a matter of what is bought, not of chance.
       seed: of what is forgotten where.
     """
     forgets = [

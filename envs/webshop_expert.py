@@ -23,8 +23,8 @@ _FILLER = re.compile(
 _BUTTON = re.compile(r'\[\[?(.+?)\]?\]$')
 _MONEY = re.compile(r'\$([\d.]+)')
 _PAGES = ('Features', 'Description')  # what is read of a product, in this order
-# What a shopper has to think of: to choose what was asked for, to keep to the limit, and to read what
-# a product says about the rest of the wish.
+# What a shopper has to think of: to choose what was asked for, to keep to the limit, and to read
+# what a product says about the rest of the wish.
 CARES = ('options', 'price', 'features')
 
 

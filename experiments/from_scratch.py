@@ -1,12 +1,17 @@
-"""A small decoder trained from random weights, as the base of the hint-distillation loop.
+"""A small decoder trained from random weights, as the base of an experiment.
 
   python -m experiments.from_scratch --config=configs/from_scratch.py --workdir=runs/scratch
   python -m experiments.hint_distillation \
     --config=configs/hint_distillation.py:model=runs/scratch/small_decoder,... --workdir=runs/small
 
+An experiment whose key `decoder` names a setting of configs/from_scratch.py does the first itself.
+
 It learns to act and to read hints from expert episodes alone, and every house of its training calls
 its states by invented words: no state is ever seen twice, so a hint or a label helps only a model
 that copies from it. That is what carries over to the loop's skills, whose words it never saw.
+In another environment it learns from the expert's episodes as they are, in a catalogue of its own
+where the environment generates one; WebShop's shopper forgets, in some categories, what no hint
+reminds it of.
 
 The run's folder holds tokenizer/ (byte-level BPE, trained here), checkpoints/, metrics.jsonl,
 summary.json and small_decoder/, a Hugging Face folder.
@@ -43,11 +48,9 @@ from experiments import warm_start
 from retrieval import hint_rules
 from training import dataset, packing
 
-# Of the tokenizer's own episodes: enough for every word of the game and for a thousand invented.
-_TOKENIZER_EPISODES = 600
 _DRILL_RULES = (1, 4)  # in one drill, from and to; one alone is the first step of looking it up
 _SAMPLED_LESSONS = 40  # of which the cost is predicted
-_HELD_OUT_EPISODES = 100  # with, and as many without a hint
+_OTHER_WORLD = 1000  # added to the seed: the ids of products begin alike in both catalogues
 
 # Also the model's name in the record of what it plays.
 MODEL_FOLDER = 'small_decoder'
@@ -114,15 +117,26 @@ def _reworded(text: str, words: dict[str, str]) -> str:
 
 
 class Lessons:
-  """Expert episodes of warm houses with invented states, made anew wherever they are needed."""
+  """Expert episodes, in houses with invented states, made anew wherever they are needed."""
 
   def __init__(self, config):
     """Describes them; nothing is played yet. `config` is as configs/from_scratch.py makes it."""
     self._config = config
     values = {key: config[key] for key in rollout_config.DEFAULTS if key in config}
-    values.update(skills='warm', env_seed=config.seed)
+    if config.env == 'household':
+      values.update(skills='warm', env_seed=config.seed)
+    else:
+      # What is generated is another world than the experiment's.
+      values.update(env_seed=config.seed + _OTHER_WORLD, agent='expert', expert_format=config.agent)
+      values['env_options'] = ';'.join(filter(None, (config.env_options, config.lesson_options)))
     self._rollout = rollout_config.make(values)
     self._spec = rollout.make_spec(self._rollout)
+    if config.env != 'household':
+      self._spec = expert_episodes.expert_spec(self._spec)
+
+  @property
+  def splits(self) -> Sequence[str]:
+    return rollout.make_suite(self._rollout).splits
 
   def play(
     self, tokenizer: Tokenizer, split: str, count: int, *, hint_share: float | None = None,
@@ -137,8 +151,15 @@ class Lessons:
     labels = episode_lib.Labels('expert', 'expert', split, c.seed)
     for task in rollout.choose_tasks(suite, split, count):
       rng = random.Random(f'lesson {c.seed} {task.id}')
-      words = invented_states(f'{c.seed} {task.id}')
       memory, told = memory_lib.NO_MEMORY, []
+      if c.env != 'household':
+        if c.env == 'webshop' and rng.random() < hint_share:
+          memory, told = warm_start.reminder_block(task, rng, k=c.k, rule_share=rule_share)
+        erring = {'error_rate': c.expert_error_rate} if c.expert_error_rate else {}
+        yield expert_episodes.expert_episode(
+          suite, task, tokenizer, self._spec, labels, memory=memory, known_rules=told, **erring)
+        continue
+      words = invented_states(f'{c.seed} {task.id}')
       if rng.random() < hint_share:
         memory, told = warm_start.hint_block(
           task, suite.rules(task), rng, k=c.k, rule_share=rule_share, seed=c.seed)
@@ -185,8 +206,10 @@ def drill(tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain') -> 
   return packing.Example(np.array(tokens, np.int32), np.array(mask), key)
 
 
-def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> Tokenizer:
-  """The tokenizer in `folder`, trained on expert episodes where there is none yet.
+def make_tokenizer(
+  lessons: Lessons, vocab_size: int, count: int, folder: pathlib.Path
+) -> Tokenizer:
+  """The tokenizer in `folder`, trained on `count` expert episodes where there is none yet.
 
   The episodes are played with a tokenizer of bytes, which spells the same text.
   """
@@ -194,7 +217,7 @@ def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> T
     bytes_only = folder.with_name(f'{folder.name}.bytes')
     bpe.train([], bpe.MIN_VOCABULARY, bytes_only)
     speller = Tokenizer.load(bytes_only)
-    episodes = lessons.play(speller, 'train', _TOKENIZER_EPISODES)
+    episodes = lessons.play(speller, 'train', count)
     bpe.train(
       (speller.decode(e.tokens, skip_special=False) for e in episodes), vocab_size, folder)
     shutil.rmtree(bytes_only)
@@ -304,8 +327,12 @@ def check(config) -> None:
   from training import optimizer
 
   train.check(config)
-  if config.episodes < 1 or config.drills < 0:
-    raise errors.UserError('episodes must be at least 1, and drills at least 0.')
+  if min(config.episodes, config.tokenizer_episodes, config.held_out_episodes) < 1 or (
+      config.drills < 0):
+    raise errors.UserError(
+      'episodes, tokenizer_episodes and held_out_episodes must be at least 1, drills at least 0.')
+  if config.drills and config.env != 'household':
+    raise errors.UserError(f'drills are about houses; set drills=0 with env={config.env}.')
   for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
     if config[name] < 1:
       raise errors.UserError(f'{name} must be at least 1.')
@@ -334,7 +361,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=train.FREE_KEYS)
 
   lessons = Lessons(config)
-  tokenizer = make_tokenizer(lessons, config.vocab_size, workdir / 'tokenizer')
+  tokenizer = make_tokenizer(
+    lessons, config.vocab_size, config.tokenizer_episodes, workdir / 'tokenizer')
   architecture = make_config(config, tokenizer.vocab_size)
   predicted = predict(config, lessons, tokenizer, architecture)
   print(f'{config.episodes} lessons and {config.drills} drills: {predicted["tokens"]:,.0f} tokens, '
@@ -368,9 +396,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   state, record = train.fit(config, workdir, model, rows, mesh)
 
   # The folder, and how well it reads where a hint tells the rule and where it has to find it.
+  held_out_split = lessons.splits[-1]
   held_out = {
     name: reply_accuracy(model, state, list(lessons.play(
-      tokenizer, 'valid_unseen', _HELD_OUT_EPISODES, hint_share=share, rule_share=share)))
+      tokenizer, held_out_split, config.held_out_episodes, hint_share=share, rule_share=share)))
     for name, share in (('told', 1.0), ('untold', 0.0))}
   folder = workdir / MODEL_FOLDER
   weights.export_pretrained(
