@@ -11,7 +11,9 @@
   household  generated games of ALFWorld's own six task types, three of them easy.
   alfworld   SmolLM2-135M on ALFWorld's own games, the paper's split by task type.
   paper      the paper's setting in full. The default of every other name of models/registry.py.
-  scienceworld        SmolLM2-135M on ScienceWorld, its task types split into 17 and 13.
+  scienceworld        a decoder of a million parameters on ScienceWorld, trained there from random
+                      weights in the first stage: 7 short easy task types, 2 short hard ones.
+  scienceworld_smollm2  SmolLM2-135M there, its task types split into 17 and 13.
   scienceworld_paper  likewise the paper's setting in full, at most 5 variations a task in the test.
 
 `recipe` is a set of training defaults likewise: ours; paper (rank 8, attention only, constant
@@ -22,7 +24,7 @@ sequence, one epoch, arXiv 2510.01375).
 
 import os
 
-from configs import common
+from configs import common, from_scratch
 from data import errors
 
 # arXiv 2603.18272: task types of ALFWorld that are trained on, and those that never are.
@@ -186,6 +188,13 @@ SETTINGS = {
     experience_retrieval='qwen3_embedding', experience_format='chat',
     max_calls=100, max_new_tokens=32, max_context=16384, row_len=8192, slots=64),
   'scienceworld': dict(
+    _SCIENCEWORLD, decoder='scienceworld', dtype='float32',
+    easy_types=from_scratch.SHORT_EASY_TYPES,
+    hard_types='chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color',
+    env_options='', evaluate='frozen,frozen+matched,lora,exprag_lora+matched',
+    index_games=36, eval_games=18, failures=0.0, experience_k=1, max_env_steps=30, max_calls=32,
+    max_context=2560, row_len=1536, rank=32, alpha=64.0, learning_rate=2e-3, epochs=6.0, slots=2),
+  'scienceworld_smollm2': dict(
     _SCIENCEWORLD, index_games=85, eval_games=65, teacher_games=65, epochs=4.0,
     max_context=8192, row_len=4096, slots=8),
   'scienceworld_paper': dict(

@@ -35,6 +35,8 @@ DEFAULTS = dict(
   held_out_episodes=100,  # on which the decoder is tested at the end, with and without hints
   lesson_options='',  # further env_options, of the lessons alone
   expert_error_rate=0.0,  # of the expert, where no hint reminds it
+  experience_share=0.0,  # of the lessons with a solved task of the same type in the context
+  experience_format='summary',  # of it: chat, flat, summary
   # Household: lists of rules and the replies that follow from them, which teach to look up.
   drills=20000,
   loss_on='action',  # the replies; or all
@@ -61,6 +63,11 @@ DEFAULTS = dict(
   profile_steps='',  # first,last: a trace of these steps for XProf, in profile/
 )
 
+# ScienceWorld's easy tasks whose gold paths take 6 to 12 steps and 500 tokens.
+SHORT_EASY_TYPES = (
+  'find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,'
+  'lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived')
+
 # Where products are a catalogue's and not invented anew, there is nothing to drill.
 SETTINGS = {
   'household': {},
@@ -71,6 +78,12 @@ SETTINGS = {
     episodes=2600, tokenizer_episodes=300, held_out_episodes=40, drills=0,
     lesson_options='goals_per_product:4', expert_error_rate=0.5, loss_on='all', row_len=1408,
     batch_rows=1, learning_rate=3e-3, dtype='float32'),
+  'scienceworld': dict(
+    env='scienceworld', layout='paper_b', env_options='', task_types=SHORT_EASY_TYPES,
+    max_env_steps=0, max_calls=0, max_new_tokens=32, max_context=2560,
+    vocab_size=1024, embed_dim=128, num_heads=4, num_kv_heads=2, mlp_dim=384,
+    episodes=240, tokenizer_episodes=42, held_out_episodes=14, drills=0, experience_share=0.5,
+    loss_on='all', epochs=4.0, row_len=1280, batch_rows=1, learning_rate=3e-3, dtype='float32'),
 }
 
 HELP_KEYS = (
@@ -91,9 +104,11 @@ def with_setting(name: str) -> dict:
 
 def of_experiment(config):
   """The config of the decoder that an experiment's key `decoder` asks for: it plays as it does."""
+  own = {key: config[key] for key in (*_OF_THE_LOOP, 'experience_format') if key in config}
+  if 'easy_types' in config:
+    own['task_types'] = config.easy_types
   return common.with_values(DEFAULTS, {
-    **with_setting(config.decoder), **{key: config[key] for key in _OF_THE_LOOP if key in config},
-    'seed': config.seed, 'dtype': config.dtype})
+    **with_setting(config.decoder), **own, 'seed': config.seed, 'dtype': config.dtype})
 
 
 def get_config(arg=None):

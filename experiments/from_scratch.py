@@ -43,8 +43,9 @@ from data import bpe, errors, summary, trajectory
 from data import workdir as workdir_lib
 from data.tokenizer import Tokenizer
 from envs import household_expert, household_games, household_skills
-from envs.base import Decision, Task
+from envs.base import Decision, Suite, Task
 from experiments import warm_start
+from retrieval import experience as experience_lib
 from retrieval import hint_rules
 from training import dataset, packing
 
@@ -149,17 +150,14 @@ class Lessons:
     self._rollout.episodes = count
     suite = rollout.make_suite(self._rollout)
     labels = episode_lib.Labels('expert', 'expert', split, c.seed)
-    for task in rollout.choose_tasks(suite, split, count):
+    tasks = rollout.choose_tasks(suite, split, count)
+    if c.env != 'household':
+      yield from self._play_as_it_is(suite, tasks, tokenizer, labels, hint_share, rule_share)
+      return
+    for task in tasks:
       rng = random.Random(f'lesson {c.seed} {task.id}')
-      memory, told = memory_lib.NO_MEMORY, []
-      if c.env != 'household':
-        if c.env == 'webshop' and rng.random() < hint_share:
-          memory, told = warm_start.reminder_block(task, rng, k=c.k, rule_share=rule_share)
-        erring = {'error_rate': c.expert_error_rate} if c.expert_error_rate else {}
-        yield expert_episodes.expert_episode(
-          suite, task, tokenizer, self._spec, labels, memory=memory, known_rules=told, **erring)
-        continue
       words = invented_states(f'{c.seed} {task.id}')
+      memory, told = memory_lib.NO_MEMORY, []
       if rng.random() < hint_share:
         memory, told = warm_start.hint_block(
           task, suite.rules(task), rng, k=c.k, rule_share=rule_share, seed=c.seed)
@@ -169,6 +167,35 @@ class Lessons:
       yield expert_episodes.expert_episode(
         suite, rename(task, words), tokenizer, self._spec, labels, memory=memory,
         known_rules=told)
+
+
+  def _play_as_it_is(
+    self, suite: Suite, tasks: Sequence[Task], tokenizer: Tokenizer, labels: episode_lib.Labels,
+    hint_share: float, rule_share: float,
+  ) -> Iterator[trajectory.Episode]:
+    """Episodes of an environment whose words are not invented; the suite is closed after them."""
+    c = self._config
+    erring = {'error_rate': c.expert_error_rate} if c.expert_error_rate else {}
+    solved: dict[str, str] = {}
+    try:
+      for task in tasks:
+        rng = random.Random(f'lesson {c.seed} {task.id}')
+        memory, told = memory_lib.NO_MEMORY, []
+        if c.env == 'webshop' and rng.random() < hint_share:
+          memory, told = warm_start.reminder_block(task, rng, k=c.k, rule_share=rule_share)
+        elif task.task_type in solved and rng.random() < c.experience_share:
+          memory = memory_lib.Memory('experience', ({
+            'id': 'given-0', 'score': 0.0, 'text': solved[task.task_type], 'outcome': 'success'},))
+        episode = expert_episodes.expert_episode(
+          suite, task, tokenizer, self._spec, labels, memory=memory, known_rules=told, **erring)
+        if episode.success and c.experience_share:
+          # The next lesson of the type may have it in its context.
+          solved[task.task_type] = experience_lib.get_format(c.experience_format)(
+            experience_lib.from_episode(episode, tokenizer, ''))
+        yield episode
+    finally:
+      if close := getattr(suite, 'close', None):
+        close()
 
 
 def drill(tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain') -> packing.Example:
@@ -331,6 +358,7 @@ def check(config) -> None:
       config.drills < 0):
     raise errors.UserError(
       'episodes, tokenizer_episodes and held_out_episodes must be at least 1, drills at least 0.')
+  experience_lib.get_format(config.experience_format)
   if config.drills and config.env != 'household':
     raise errors.UserError(f'drills are about houses; set drills=0 with env={config.env}.')
   for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
