@@ -63,6 +63,7 @@ DEFAULTS = dict(
   # types of things it finds one of the same skill for 37 % of the easy tasks and 75 % of the hard
   # ones (256 in the index, K = 2), with 4 for 93 % and all of them; BM25 for all.
   env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3;num_thing_types:4',
+  env_workers=-1,  # processes that run the environments; 0 is this one, -1 as they need
   train_split='train',
   eval_split='valid_unseen',
   validation_split='valid_seen',
@@ -191,9 +192,11 @@ SETTINGS = {
     _SCIENCEWORLD, decoder='scienceworld', dtype='float32',
     easy_types=from_scratch.SHORT_EASY_TYPES,
     hard_types='chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color',
-    env_options='', evaluate='frozen,frozen+matched,lora,exprag_lora+matched',
-    index_games=36, eval_games=18, failures=0.0, experience_k=1, max_env_steps=30, max_calls=32,
-    max_context=2560, row_len=1536, rank=32, alpha=64.0, learning_rate=2e-3, epochs=6.0, slots=2),
+    env_options='', evaluate='frozen,lora,exprag_lora+matched',
+    index_games=24, eval_games=18, failures=0.0, experience_k=1, max_env_steps=30, max_calls=32,
+    max_context=2560, row_len=1536, rank=32, alpha=64.0, learning_rate=2e-3, epochs=6.0,
+    # One game at a time: on two cores a second simulator takes longer to start than it saves.
+    slots=1, env_workers=0),
   'scienceworld_smollm2': dict(
     _SCIENCEWORLD, index_games=85, eval_games=65, teacher_games=65, epochs=4.0,
     max_context=8192, row_len=4096, slots=8),

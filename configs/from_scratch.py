@@ -82,8 +82,9 @@ SETTINGS = {
     env='scienceworld', layout='paper_b', env_options='', task_types=SHORT_EASY_TYPES,
     max_env_steps=0, max_calls=0, max_new_tokens=32, max_context=2560,
     vocab_size=1024, embed_dim=128, num_heads=4, num_kv_heads=2, mlp_dim=384,
-    episodes=240, tokenizer_episodes=42, held_out_episodes=14, drills=0, experience_share=0.5,
-    loss_on='all', epochs=4.0, row_len=1280, batch_rows=1, learning_rate=3e-3, dtype='float32'),
+    episodes=84, tokenizer_episodes=84, held_out_episodes=7, drills=0,
+    experience_share=0.5, loss_on='all', epochs=8.0, row_len=1280,
+    batch_rows=1, learning_rate=3e-3, dtype='float32'),
 }
 
 HELP_KEYS = (

@@ -42,8 +42,9 @@ from configs import rollout as rollout_config
 from data import bpe, errors, summary, trajectory
 from data import workdir as workdir_lib
 from data.tokenizer import Tokenizer
+from envs import base as envs_base
 from envs import household_expert, household_games, household_skills
-from envs.base import Decision, Suite, Task
+from envs.base import Decision, Environment, ScriptedExpert, StepResult, Suite, Task
 from experiments import warm_start
 from retrieval import experience as experience_lib
 from retrieval import hint_rules
@@ -117,6 +118,61 @@ def _reworded(text: str, words: dict[str, str]) -> str:
   return _STATE.sub(lambda match: words[match[0]], text)
 
 
+class _Recorded:
+  """A suite whose expert has played each task at most once: its games are told again, not played.
+
+  A simulator takes a second for a lesson that tokenizer, prediction and training ask for.
+  """
+
+  def __init__(self, suite: Suite, games: dict[str, list]):
+    """`games`: task id -> first observation, then (decision, result) of each step; is filled."""
+    self._suite, self._games = suite, games
+    self.action_templates = suite.action_templates
+
+  def make(self, task: Task) -> Environment:
+    return _Told(self._games[task.id])
+
+  def expert(self, task: Task, known_rules: Sequence = (), **options) -> ScriptedExpert:
+    return _Told(self._games[task.id])
+
+  def play(self, task: Task) -> None:
+    """Plays a task that has not been."""
+    if task.id in self._games:
+      return
+    environment, expert = self._suite.make(task), self._suite.expert(task)
+    observation = environment.reset()
+    game = [observation]
+    limit = envs_base.limits_of(environment)
+    while len(game) <= limit.steps:
+      decision = expert.act(observation)
+      result = environment.step(decision.action)
+      observation = result.observation
+      game.append((decision, result))
+      if result.done:
+        break
+    if close := getattr(environment, 'close', None):
+      close()
+    self._games[task.id] = [limit, *game]
+
+
+class _Told:
+  """Environment and expert of a recorded game."""
+
+  def __init__(self, game: Sequence):
+    self.limits, self._start, *self._steps = game
+    self._moves = iter([decision for decision, _ in self._steps])
+    self._results = iter([result for _, result in self._steps])
+
+  def reset(self) -> str:
+    return self._start
+
+  def act(self, observation: str) -> Decision:
+    return next(self._moves)
+
+  def step(self, action: str) -> StepResult:
+    return next(self._results)
+
+
 class Lessons:
   """Expert episodes, in houses with invented states, made anew wherever they are needed."""
 
@@ -129,9 +185,12 @@ class Lessons:
     else:
       # What is generated is another world than the experiment's.
       values.update(env_seed=config.seed + _OTHER_WORLD, agent='expert', expert_format=config.agent)
+      # In this process: one simulator finds the paths and plays them.
+      values['env_workers'] = 0
       values['env_options'] = ';'.join(filter(None, (config.env_options, config.lesson_options)))
     self._rollout = rollout_config.make(values)
     self._spec = rollout.make_spec(self._rollout)
+    self._games: dict[str, list] = {}
     if config.env != 'household':
       self._spec = expert_episodes.expert_spec(self._spec)
 
@@ -177,8 +236,11 @@ class Lessons:
     c = self._config
     erring = {'error_rate': c.expert_error_rate} if c.expert_error_rate else {}
     solved: dict[str, str] = {}
+    recorded = _Recorded(suite, self._games) if getattr(suite, 'own_process', False) else None
     try:
       for task in tasks:
+        if recorded:
+          recorded.play(task)
         rng = random.Random(f'lesson {c.seed} {task.id}')
         memory, told = memory_lib.NO_MEMORY, []
         if c.env == 'webshop' and rng.random() < hint_share:
@@ -187,7 +249,8 @@ class Lessons:
           memory = memory_lib.Memory('experience', ({
             'id': 'given-0', 'score': 0.0, 'text': solved[task.task_type], 'outcome': 'success'},))
         episode = expert_episodes.expert_episode(
-          suite, task, tokenizer, self._spec, labels, memory=memory, known_rules=told, **erring)
+          recorded or suite, task, tokenizer, self._spec, labels, memory=memory, known_rules=told,
+          **erring)
         if episode.success and c.experience_share:
           # The next lesson of the type may have it in its context.
           solved[task.task_type] = experience_lib.get_format(c.experience_format)(
