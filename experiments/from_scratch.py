@@ -234,7 +234,9 @@ class Lessons:
   ) -> Iterator[trajectory.Episode]:
     """Episodes of an environment whose words are not invented; the suite is closed after them."""
     c = self._config
-    erring = {'error_rate': c.expert_error_rate} if c.expert_error_rate else {}
+    erring = {}
+    if c.expert_error_rate:
+      erring = {'error_rate': c.expert_error_rate, 'seed': c.seed}
     solved: dict[str, str] = {}
     recorded = _Recorded(suite, self._games) if getattr(suite, 'own_process', False) else None
     try:

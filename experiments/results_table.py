@@ -91,6 +91,14 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
+def score_line(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Mean scores of 100 where a game that is not won can have one; '' where none has."""
+  if all(abs(row['score_mean'] - row['success_rate']) < 1e-9 for row in rows):
+    return ''
+  return 'Mean score of 100: ' + ', '.join(
+    f'{row["id"]} {100 * row["score_mean"]:.1f}' for row in rows) + '.'
+
+
 def pair_line(pair: Mapping[str, Any]) -> str:
   """A difference with its interval, and what it is worth."""
   low, high = (100 * x for x in pair['ci95'])
@@ -135,8 +143,10 @@ def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
   rows = [row for row in record['rows'] if not ids or row['id'] in ids]
   shown = {row['id'] for row in rows}
   pairs = [pair for pair in record['paired'] if {pair['a'], pair['b']} <= shown]
+  scores = score_line(rows)
   return '\n'.join(
-    [rows_table(rows), '', *map(pair_line, pairs), '', measured_line([record])])
+    [rows_table(rows), '', *map(pair_line, pairs), *(['', scores] if scores else []), '',
+     measured_line([record])])
 
 
 def merge(
@@ -234,7 +244,10 @@ def experience_tables(records: Sequence[Mapping[str, Any]], *, brief: bool = Fal
       {name: row['success_rate'] for name, row in rates.items()}).items():
     lines.append(f'- {name}: the empty index costs ' + ', the mismatched one '.join(
       f'{100 * costs[key]:.1f} points' for key in ('empty', 'mismatched') if key in costs))
-  return '\n'.join([*lines, '', *map(pair_line, merged['paired']), '', measured_line(records)])
+  scores = score_line(merged['rows'])
+  return '\n'.join([
+    *lines, '', *map(pair_line, merged['paired']), *(['', scores] if scores else []), '',
+    measured_line(records)])
 
 
 # The two pages.
@@ -276,7 +289,8 @@ def evidence() -> str:
     'plain': 'Formats: plain', 'react': 'Formats: ReAct', 'stateact': 'Formats: StateAct',
     'small': 'Another size: a decoder of 1.8 million parameters, trained from scratch, ReAct',
     'round2': 'A second round, from the first distilled student and its bank',
-    'alfworld': "ALFWorld's own games, valid_seen", 'demo': 'The demo: `make demo`'}
+    'alfworld': "ALFWorld's own games, valid_seen",
+    'webshop': 'WebShop, generated shop: a decoder of its own', 'demo': 'The demo: `make demo`'}
   for name, title in titles.items():
     record = load(name)
     if record:
