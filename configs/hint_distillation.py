@@ -58,6 +58,7 @@ DEFAULTS = dict(
   max_calls=14,
   max_new_tokens=24,
   max_context=640,
+  constrained=False,  # replies only of admissible commands; agent=plain or react
   # Memory.
   k=3,  # hints in a prompt
   writer='rules',  # rules, self, openai
@@ -184,8 +185,10 @@ WEBSHOP = dict(
   alpha=64.0,
   learning_rate=2e-3,
   epochs=4.0,
-  row_len=1408,
+  row_len=1024,
   max_context=2560,
+  # It learns in so few lessons what to ask for and to choose, but not to copy the id of a product.
+  constrained=True,
 )
 
 SETTINGS = {

@@ -78,7 +78,7 @@ class Stages:
     """Plays episodes through rollout.py's own code: this config's keys, then the changes."""
     values = {key: self.config[key] for key in rollout_config.DEFAULTS if key in self.config}
     # An experiment's mesh is that of its trainings; it plays on one device.
-    values.update(mesh='', **changes)
+    values.update(model=self.model, mesh='', **changes)
     rollout.run(rollout_config.make(values), folder, base=self.base)
     return trajectory.load_episodes(folder)
 
@@ -100,7 +100,7 @@ class Stages:
   def train_config(self, **changes):
     """This config's keys of configs/train.py, then the changes."""
     values = {key: self.config[key] for key in train_config.DEFAULTS if key in self.config}
-    return train_config.make({**values, **changes})
+    return train_config.make({**values, 'model': self.model, **changes})
 
 
 def counts(episodes: Sequence[trajectory.Episode]) -> dict[str, int]:
