@@ -64,6 +64,7 @@ def file_run(
   if data := os.environ.get('HINTSIGHT_DATA'):
     # Where the data lay on that machine says nothing on another one.
     text = text.replace(data.rstrip('/'), '${HINTSIGHT_DATA}')
+  text = text.replace(str(workdir.absolute()), '${workdir}').replace(f'{workdir}/', '${workdir}/')
   record = json.loads(text)
   record['measured'] = {
     'command': command, 'machine': machine,
@@ -130,12 +131,19 @@ def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 def decoder_line(record: Mapping[str, Any]) -> str:
   """What a decoder was trained on from random weights, and how well it reads."""
-  told, untold = (100 * record['held_out'][key]['rule'] for key in ('told', 'untold'))
-  return (
+  measure = 'rule' if record['drills'] else 'replies'
+  told, untold = (100 * record['held_out'][key][measure] for key in ('told', 'untold'))
+  drills = f' and {record["drills"]:,} drills' if record['drills'] else ''
+  trained = (
     f'{record["parameters"]:,} parameters, trained on {record["tokens"]:,} tokens of '
-    f'{record["episodes"]:,} expert episodes and {record["drills"]:,} drills in '
-    f'{record["wall_s"] / 60:.0f} minutes. In held-out episodes it names the right verb and '
-    f'appliance in {told:.0f} % where a hint tells them, and in {untold:.0f} % where a label does.')
+    f'{record["episodes"]:,} expert episodes{drills} in {record["wall_s"] / 60:.0f} minutes. ')
+  if not record['drills']:
+    return (
+      f"{trained}In held-out episodes {told:.0f} % of its replies are the expert's, word for word, "
+      f'where hints are shown, and {untold:.0f} % where none are.')
+  return (
+    f'{trained}In held-out episodes it names the right verb and appliance in {told:.0f} % where a '
+    f'hint tells them, and in {untold:.0f} % where a label does.')
 
 
 def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
@@ -303,7 +311,8 @@ def evidence() -> str:
     name = path.stem.removeprefix(f'{_EXPERIENCE}_')
     if name not in _SEEDS:
       section(f'Experience retrieval: {name.replace("_", " ")}',
-              experience_tables([load(name, _EXPERIENCE)]))
+              (f'{decoder_line(own)}\n\n' if (own := load(name, 'from_scratch')) else '')
+              + experience_tables([load(name, _EXPERIENCE)]))
   if record := aot_table.load():
     section('Qwen2.5 on TPU slices, compiled ahead of time', aot_table.section(record))
   from experiments.bench import cost_model  # Needs jax, which --help does not wait for.
