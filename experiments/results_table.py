@@ -94,7 +94,8 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def score_line(rows: Sequence[Mapping[str, Any]]) -> str:
   """Mean scores of 100 where a game that is not won can have one; '' where none has."""
-  if all(abs(row['score_mean'] - row['success_rate']) < 1e-9 for row in rows):
+  if all(abs(row.get('score_mean', row['success_rate']) - row['success_rate']) < 1e-9
+         for row in rows):
     return ''
   return 'Mean score of 100: ' + ', '.join(
     f'{row["id"]} {100 * row["score_mean"]:.1f}' for row in rows) + '.'
