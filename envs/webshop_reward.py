@@ -154,15 +154,16 @@ def nouns(title: str) -> tuple[str, ...]:
 
 
 def type_factor(
-  bought: Product, wanted: Product, find_nouns: Callable[[str], Sequence[str]] = nouns
+  bought: Product, wanted: Product, find_nouns: Callable[[str], Sequence[str]] | None = None
 ) -> float:
   """r_type: how far the two are the same kind of product.
 
   Args:
     bought: what was bought.
     wanted: the product that the goal was made from.
-    find_nouns: the nouns of a title; another tagger is only for comparison.
+    find_nouns: another tagger, for comparison; None is ours.
   """
+  find_nouns = find_nouns or nouns
   parts = [{part.strip() for part in product.product_category.split('›')}
            for product in (bought, wanted)]
   same_category = len(parts[0] & parts[1]) >= 2
