@@ -11,7 +11,9 @@
   household  generated games of ALFWorld's own six task types, three of them easy.
   alfworld   SmolLM2-135M on ALFWorld's own games, the paper's split by task type.
   paper      the paper's setting in full. The default of every other name of models/registry.py.
-  scienceworld        SmolLM2-135M on ScienceWorld, its task types split into 17 and 13.
+  scienceworld        a decoder of a million parameters on ScienceWorld, trained there from random
+                      weights in the first stage: 7 short easy task types, 2 short hard ones.
+  scienceworld_smollm2  SmolLM2-135M there, its task types split into 17 and 13.
   scienceworld_paper  likewise the paper's setting in full, at most 5 variations a task in the test.
 
 `recipe` is a set of training defaults likewise: ours; paper (rank 8, attention only, constant
@@ -22,7 +24,7 @@ sequence, one epoch, arXiv 2510.01375).
 
 import os
 
-from configs import common
+from configs import common, from_scratch
 from data import errors
 
 # arXiv 2603.18272: task types of ALFWorld that are trained on, and those that never are.
@@ -40,6 +42,9 @@ DEFAULTS = dict(
   model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # weights: '' published, 'random', or a path
   tokenizer='',
+  # In the place of `model`: one that the first stage trains from random weights, by this setting of
+  # configs/from_scratch.py.
+  decoder='',
   shrink=False,
   dtype='bfloat16',
   base_quantization='none',  # kernels of the frozen base: none, int8, int4, nf4
@@ -58,6 +63,7 @@ DEFAULTS = dict(
   # types of things it finds one of the same skill for 37 % of the easy tasks and 75 % of the hard
   # ones (256 in the index, K = 2), with 4 for 93 % and all of them; BM25 for all.
   env_options='num_appliances:5-5;num_surfaces:1-2;num_things:2-3;num_thing_types:4',
+  env_workers=-1,  # processes that run the environments; 0 is this one, -1 as they need
   train_split='train',
   eval_split='valid_unseen',
   validation_split='valid_seen',
@@ -183,6 +189,15 @@ SETTINGS = {
     experience_retrieval='qwen3_embedding', experience_format='chat',
     max_calls=100, max_new_tokens=32, max_context=16384, row_len=8192, slots=64),
   'scienceworld': dict(
+    _SCIENCEWORLD, decoder='scienceworld', dtype='float32',
+    easy_types=from_scratch.SHORT_EASY_TYPES,
+    hard_types='chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color',
+    env_options='', evaluate='frozen,lora,exprag_lora+matched',
+    index_games=24, eval_games=18, failures=0.0, experience_k=1, max_env_steps=30, max_calls=32,
+    max_context=2560, row_len=1536, rank=32, alpha=64.0, learning_rate=2e-3, epochs=6.0,
+    # One game at a time: on two cores a second simulator takes longer to start than it saves.
+    slots=1, env_workers=0),
+  'scienceworld_smollm2': dict(
     _SCIENCEWORLD, index_games=85, eval_games=65, teacher_games=65, epochs=4.0,
     max_context=8192, row_len=4096, slots=8),
   'scienceworld_paper': dict(

@@ -369,9 +369,23 @@ class WebShopSuite:
     return WebShopEnvironment(self.shop, Goal.from_json(task.payload['goal']))
 
   def expert(
-    self, task: Task, known_rules: Sequence[Any] = (), **options: Any
+    self, task: Task, known_rules: Sequence[Any] = (), *, max_steps: int = 15,
+    error_rate: float = 0.0, seed: int = 0
   ) -> webshop_expert.Expert:
-    return webshop_expert.Expert(task.instruction, **options)
+    """The scripted shopper.
+
+    Args:
+      task: the task.
+      known_rules: of `webshop_expert.CARES`, what it is reminded of.
+      max_steps: the episode's limit.
+      error_rate: probability of each care that it is forgotten in all goals of a category, unless
+        it is reminded of it: what goes wrong is then a matter of what is bought, not of chance.
+      seed: of what is forgotten where.
+    """
+    forgets = [
+      care for care in webshop_expert.CARES if care not in known_rules
+      and random.Random(f'forgets {seed} {task.task_type} {care}').random() < error_rate]
+    return webshop_expert.Expert(task.instruction, max_steps=max_steps, forgets=forgets)
 
 
 def _hash(asin: str) -> int:

@@ -35,6 +35,7 @@ DEFAULT_PRICE = 100.0
 IN_MEMORY_BYTES = 64 * 2**20
 _CHUNK = 4 * 2**20
 _MONEY = re.compile(r'[^\d.]')
+_TEXTS = ('name', 'category', 'query', 'product_category')  # what every product has
 _PRODUCT_FILES = ('items_shuffle.json', 'items_shuffle_1000.json')
 
 
@@ -160,8 +161,11 @@ def _product(
   raw: Mapping[str, Any], attributes: Mapping[str, Any], human: Mapping[str, Any],
   rng: random.Random,
 ) -> Product:
-  """Raises KeyError for a field that is missing."""
+  """Raises KeyError for a field that is missing, others for one of another kind."""
   asin = raw['asin']
+  for name in _TEXTS:
+    if not isinstance(raw[name], str):
+      raise KeyError(name)
   bullets = raw['small_description']
   prices = parse_prices(raw.get('pricing'))
   known = attributes.get(asin, {})
@@ -210,6 +214,10 @@ def read_products(
         raise UserError(
           f'{path}: product {index} ({asin}) has no {error.args[0]}; take the official file.'
         ) from None
+      except (AttributeError, TypeError) as error:
+        raise UserError(
+          f'{path}: product {index} ({asin}) has a field that is of another kind than it has to be '
+          f'({error}); take the official file.') from None
 
 
 def product_file(folder: str | pathlib.Path) -> pathlib.Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 from envs.base import Decision
 from envs.webshop_search import analyse
@@ -22,6 +23,9 @@ _FILLER = re.compile(
 _BUTTON = re.compile(r'\[\[?(.+?)\]?\]$')
 _MONEY = re.compile(r'\$([\d.]+)')
 _PAGES = ('Features', 'Description')  # what is read of a product, in this order
+# What a shopper has to think of: to choose what was asked for, to keep to the limit, and to read
+# what a product says about the rest of the wish.
+CARES = ('options', 'price', 'features')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +89,18 @@ class _Candidate:
 class Expert:
   """Plays one goal from observations alone."""
 
-  def __init__(self, instruction: str, *, max_steps: int = 15):
+  def __init__(
+    self, instruction: str, *, max_steps: int = 15, forgets: Collection[str] = ()
+  ):
     """Reads the goal.
 
     Args:
       instruction: of the task.
       max_steps: the episode's limit, within which it has to buy.
+      forgets: of CARES, what it does not think of.
     """
     self.wish = read_instruction(instruction)
+    self._forgets = frozenset(forgets)
     self._words = set(analyse(self.wish.text))
     self._left = max_steps
     self._found: dict[str, _Candidate] = {}
@@ -153,7 +161,8 @@ class Expert:
         match[1], lines[index + 1], float(money[1]), len(self._found))
 
   def _fits_price(self, candidate: _Candidate) -> bool:
-    return self.wish.price_limit is None or candidate.price <= self.wish.price_limit
+    return ('price' in self._forgets or self.wish.price_limit is None
+            or candidate.price <= self.wish.price_limit)
 
   def _coverage(self, text: str) -> float:
     """Share of the wish in a text: its words, and its attributes as they are written."""
@@ -183,6 +192,8 @@ class Expert:
     if self._buying is None:
       missing = self._judge(candidate) < 1
       unread = [page for page in _PAGES if page not in self._read]
+      if 'features' in self._forgets:
+        missing = False
       if candidate.score >= 1.5 and missing and unread and (
           self._left > self._cost(reopen=False) + 2):
         self._read.append(unread[0])
@@ -197,7 +208,7 @@ class Expert:
         if self._buying is not candidate and self._left > self._cost(reopen=True):
           return Decision('click[< prev]', 'Another one fitted better.')
       self._buying = candidate
-    for name, value in self.wish.options.items():
+    for name, value in ({} if 'options' in self._forgets else self.wish.options).items():
       chosen = any(line.lower() == f'[[{value}]]' for line in lines)
       if not chosen and value in candidate.offers:
         return Decision(f'click[{value}]', f'I choose the {name} {value}.')

@@ -14,7 +14,7 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from thefuzz import fuzz
@@ -153,13 +153,22 @@ def nouns(title: str) -> tuple[str, ...]:
     if tag in _NOUN_TAGS)
 
 
-def type_factor(bought: Product, wanted: Product) -> float:
-  """r_type: how far the two are the same kind of product."""
+def type_factor(
+  bought: Product, wanted: Product, find_nouns: Callable[[str], Sequence[str]] | None = None
+) -> float:
+  """r_type: how far the two are the same kind of product.
+
+  Args:
+    bought: what was bought.
+    wanted: the product that the goal was made from.
+    find_nouns: another tagger, for comparison; None is ours.
+  """
+  find_nouns = find_nouns or nouns
   parts = [{part.strip() for part in product.product_category.split('›')}
            for product in (bought, wanted)]
   same_category = len(parts[0] & parts[1]) >= 2
-  asked = nouns(wanted.title)
-  shared = set(nouns(bought.title)) & set(asked)
+  asked = find_nouns(wanted.title)
+  shared = set(find_nouns(bought.title)) & set(asked)
   overlap = len(shared) / len(asked) if asked else 0.2
   if overlap == 0.0:
     return 0.0

@@ -33,7 +33,13 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 _WORD = re.compile(
   r"\w+(?:(?:(?<=[^\W\d_])['’.:·](?=[^\W\d_])|(?<=\d)[.,;'’](?=\d))\w+)*")
 _POSSESSIVE = re.compile(r"['’][sS]$")
-_stem = functools.lru_cache(maxsize=200_000)(Stemmer.Stemmer('porter').stemWord)
+_stemmer = Stemmer.Stemmer('porter')
+
+
+@functools.lru_cache(maxsize=200_000)
+def _stem(word: str) -> str:
+  """As Lucene's Porter stemmer, which leaves words of one and two letters as they are."""
+  return _stemmer.stemWord(word) if len(word) > 2 else word
 
 
 def analyse(text: str) -> list[str]:

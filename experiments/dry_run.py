@@ -10,7 +10,7 @@ from collections.abc import Iterator
 # Everything else stays as the config says, so that what is walked is the setting itself: its agent,
 # layout, few-shots, filters and optimizer.
 _SMALL = dict(
-  shrink=True, base='random', train_games=6, eval_games=4, max_env_steps=4, max_calls=6,
+  shrink=True, base='random', decoder='', train_games=6, eval_games=4, max_env_steps=4, max_calls=6,
   max_new_tokens=8, slots=4, dtype='float32')
 _WARM_EPISODES = 8
 

@@ -249,7 +249,7 @@ class Experiment(stages.Stages):
     for name in sorted(arrays):
       digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     place = folder / digest.hexdigest()[:12]
-    weights.export_peft(place / 'adapter', self.base.config, model.lora_config, arrays, c.model)
+    weights.export_peft(place / 'adapter', self.base.config, model.lora_config, arrays, self.model)
     episodes = []
     for kind in ('easy', 'validation'):
       if kind == 'validation' and not c.validation_skills:
@@ -326,6 +326,7 @@ class Experiment(stages.Stages):
     stages.check_splits(c, c.easy_skills)
     workdir_lib.open_workdir(
       self.workdir, {**c.to_dict(), 'dry_run': self.dry}, free_keys=_FREE_KEYS)
+    self.train_decoder()
     predicted = stages.predicted(self.workdir, {'evaluate': c.evaluate}, self.predict)
     print(budget.table(predicted), flush=True)
     for kind in self.kinds:
@@ -379,6 +380,7 @@ def check(config) -> None:
   experience_memory.rules_of(config)
   demonstrations.check_knows(config.expert_knows)
   stages.check_data(config.data)
+  stages.check_decoder(config)
   if min(config.index_games, config.eval_games, config.teacher_games, config.validation_games) < 0:
     raise errors.UserError('The numbers of games must not be negative (0 is all).')
   if not 0 <= config.failures <= 1 or not 0 < config.error_rate < 1 or config.failure_steps < 1:

@@ -1,12 +1,17 @@
-"""A small decoder trained from random weights, as the base of the hint-distillation loop.
+"""A small decoder trained from random weights, as the base of an experiment.
 
   python -m experiments.from_scratch --config=configs/from_scratch.py --workdir=runs/scratch
   python -m experiments.hint_distillation \
     --config=configs/hint_distillation.py:model=runs/scratch/small_decoder,... --workdir=runs/small
 
+An experiment whose key `decoder` names a setting of configs/from_scratch.py does the first itself.
+
 It learns to act and to read hints from expert episodes alone, and every house of its training calls
 its states by invented words: no state is ever seen twice, so a hint or a label helps only a model
 that copies from it. That is what carries over to the loop's skills, whose words it never saw.
+In another environment it learns from the expert's episodes as they are, in a catalogue of its own
+where the environment generates one; WebShop's shopper forgets, in some categories, what no hint
+reminds it of.
 
 The run's folder holds tokenizer/ (byte-level BPE, trained here), checkpoints/, metrics.jsonl,
 summary.json and small_decoder/, a Hugging Face folder.
@@ -37,17 +42,17 @@ from configs import rollout as rollout_config
 from data import bpe, errors, summary, trajectory
 from data import workdir as workdir_lib
 from data.tokenizer import Tokenizer
+from envs import base as envs_base
 from envs import household_expert, household_games, household_skills
-from envs.base import Decision, Task
+from envs.base import Decision, Environment, ScriptedExpert, StepResult, Suite, Task
 from experiments import warm_start
+from retrieval import experience as experience_lib
 from retrieval import hint_rules
 from training import dataset, packing
 
-# Of the tokenizer's own episodes: enough for every word of the game and for a thousand invented.
-_TOKENIZER_EPISODES = 600
 _DRILL_RULES = (1, 4)  # in one drill, from and to; one alone is the first step of looking it up
 _SAMPLED_LESSONS = 40  # of which the cost is predicted
-_HELD_OUT_EPISODES = 100  # with, and as many without a hint
+_OTHER_WORLD = 1000  # added to the seed: the ids of products begin alike in both catalogues
 
 # Also the model's name in the record of what it plays.
 MODEL_FOLDER = 'small_decoder'
@@ -113,16 +118,85 @@ def _reworded(text: str, words: dict[str, str]) -> str:
   return _STATE.sub(lambda match: words[match[0]], text)
 
 
+class _Recorded:
+  """A suite whose expert has played each task at most once: its games are told again, not played.
+
+  A simulator takes a second for a lesson that tokenizer, prediction and training ask for.
+  """
+
+  def __init__(self, suite: Suite, games: dict[str, list]):
+    """`games`: task id -> first observation, then (decision, result) of each step; is filled."""
+    self._suite, self._games = suite, games
+    self.action_templates = suite.action_templates
+
+  def make(self, task: Task) -> Environment:
+    return _Told(self._games[task.id])
+
+  def expert(self, task: Task, known_rules: Sequence = (), **options) -> ScriptedExpert:
+    return _Told(self._games[task.id])
+
+  def play(self, task: Task) -> None:
+    """Plays a task that has not been."""
+    if task.id in self._games:
+      return
+    environment, expert = self._suite.make(task), self._suite.expert(task)
+    observation = environment.reset()
+    game = [observation]
+    limit = envs_base.limits_of(environment)
+    while len(game) <= limit.steps:
+      decision = expert.act(observation)
+      result = environment.step(decision.action)
+      observation = result.observation
+      game.append((decision, result))
+      if result.done:
+        break
+    if close := getattr(environment, 'close', None):
+      close()
+    self._games[task.id] = [limit, *game]
+
+
+class _Told:
+  """Environment and expert of a recorded game."""
+
+  def __init__(self, game: Sequence):
+    self.limits, self._start, *self._steps = game
+    self._moves = iter([decision for decision, _ in self._steps])
+    self._results = iter([result for _, result in self._steps])
+
+  def reset(self) -> str:
+    return self._start
+
+  def act(self, observation: str) -> Decision:
+    return next(self._moves)
+
+  def step(self, action: str) -> StepResult:
+    return next(self._results)
+
+
 class Lessons:
-  """Expert episodes of warm houses with invented states, made anew wherever they are needed."""
+  """Expert episodes, in houses with invented states, made anew wherever they are needed."""
 
   def __init__(self, config):
     """Describes them; nothing is played yet. `config` is as configs/from_scratch.py makes it."""
     self._config = config
     values = {key: config[key] for key in rollout_config.DEFAULTS if key in config}
-    values.update(skills='warm', env_seed=config.seed)
+    if config.env == 'household':
+      values.update(skills='warm', env_seed=config.seed)
+    else:
+      # What is generated is another world than the experiment's.
+      values.update(env_seed=config.seed + _OTHER_WORLD, agent='expert', expert_format=config.agent)
+      # In this process: one simulator finds the paths and plays them.
+      values['env_workers'] = 0
+      values['env_options'] = ';'.join(filter(None, (config.env_options, config.lesson_options)))
     self._rollout = rollout_config.make(values)
     self._spec = rollout.make_spec(self._rollout)
+    self._games: dict[str, list] = {}
+    if config.env != 'household':
+      self._spec = expert_episodes.expert_spec(self._spec)
+
+  @property
+  def splits(self) -> Sequence[str]:
+    return rollout.make_suite(self._rollout).splits
 
   def play(
     self, tokenizer: Tokenizer, split: str, count: int, *, hint_share: float | None = None,
@@ -135,7 +209,11 @@ class Lessons:
     self._rollout.episodes = count
     suite = rollout.make_suite(self._rollout)
     labels = episode_lib.Labels('expert', 'expert', split, c.seed)
-    for task in rollout.choose_tasks(suite, split, count):
+    tasks = rollout.choose_tasks(suite, split, count)
+    if c.env != 'household':
+      yield from self._play_as_it_is(suite, tasks, tokenizer, labels, hint_share, rule_share)
+      return
+    for task in tasks:
       rng = random.Random(f'lesson {c.seed} {task.id}')
       words = invented_states(f'{c.seed} {task.id}')
       memory, told = memory_lib.NO_MEMORY, []
@@ -148,6 +226,41 @@ class Lessons:
       yield expert_episodes.expert_episode(
         suite, rename(task, words), tokenizer, self._spec, labels, memory=memory,
         known_rules=told)
+
+
+  def _play_as_it_is(
+    self, suite: Suite, tasks: Sequence[Task], tokenizer: Tokenizer, labels: episode_lib.Labels,
+    hint_share: float, rule_share: float,
+  ) -> Iterator[trajectory.Episode]:
+    """Episodes of an environment whose words are not invented; the suite is closed after them."""
+    c = self._config
+    erring = {}
+    if c.expert_error_rate:
+      erring = {'error_rate': c.expert_error_rate, 'seed': c.seed}
+    solved: dict[str, str] = {}
+    recorded = _Recorded(suite, self._games) if getattr(suite, 'own_process', False) else None
+    try:
+      for task in tasks:
+        if recorded:
+          recorded.play(task)
+        rng = random.Random(f'lesson {c.seed} {task.id}')
+        memory, told = memory_lib.NO_MEMORY, []
+        if c.env == 'webshop' and rng.random() < hint_share:
+          memory, told = warm_start.reminder_block(task, rng, k=c.k, rule_share=rule_share)
+        elif task.task_type in solved and rng.random() < c.experience_share:
+          memory = memory_lib.Memory('experience', ({
+            'id': 'given-0', 'score': 0.0, 'text': solved[task.task_type], 'outcome': 'success'},))
+        episode = expert_episodes.expert_episode(
+          recorded or suite, task, tokenizer, self._spec, labels, memory=memory, known_rules=told,
+          **erring)
+        if episode.success and c.experience_share:
+          # The next lesson of the type may have it in its context.
+          solved[task.task_type] = experience_lib.get_format(c.experience_format)(
+            experience_lib.from_episode(episode, tokenizer, ''))
+        yield episode
+    finally:
+      if close := getattr(suite, 'close', None):
+        close()
 
 
 def drill(tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain') -> packing.Example:
@@ -185,8 +298,10 @@ def drill(tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain') -> 
   return packing.Example(np.array(tokens, np.int32), np.array(mask), key)
 
 
-def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> Tokenizer:
-  """The tokenizer in `folder`, trained on expert episodes where there is none yet.
+def make_tokenizer(
+  lessons: Lessons, vocab_size: int, count: int, folder: pathlib.Path
+) -> Tokenizer:
+  """The tokenizer in `folder`, trained on `count` expert episodes where there is none yet.
 
   The episodes are played with a tokenizer of bytes, which spells the same text.
   """
@@ -194,7 +309,7 @@ def make_tokenizer(lessons: Lessons, vocab_size: int, folder: pathlib.Path) -> T
     bytes_only = folder.with_name(f'{folder.name}.bytes')
     bpe.train([], bpe.MIN_VOCABULARY, bytes_only)
     speller = Tokenizer.load(bytes_only)
-    episodes = lessons.play(speller, 'train', _TOKENIZER_EPISODES)
+    episodes = lessons.play(speller, 'train', count)
     bpe.train(
       (speller.decode(e.tokens, skip_special=False) for e in episodes), vocab_size, folder)
     shutil.rmtree(bytes_only)
@@ -304,8 +419,13 @@ def check(config) -> None:
   from training import optimizer
 
   train.check(config)
-  if config.episodes < 1 or config.drills < 0:
-    raise errors.UserError('episodes must be at least 1, and drills at least 0.')
+  if min(config.episodes, config.tokenizer_episodes, config.held_out_episodes) < 1 or (
+      config.drills < 0):
+    raise errors.UserError(
+      'episodes, tokenizer_episodes and held_out_episodes must be at least 1, drills at least 0.')
+  experience_lib.get_format(config.experience_format)
+  if config.drills and config.env != 'household':
+    raise errors.UserError(f'drills are about houses; set drills=0 with env={config.env}.')
   for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
     if config[name] < 1:
       raise errors.UserError(f'{name} must be at least 1.')
@@ -334,7 +454,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=train.FREE_KEYS)
 
   lessons = Lessons(config)
-  tokenizer = make_tokenizer(lessons, config.vocab_size, workdir / 'tokenizer')
+  tokenizer = make_tokenizer(
+    lessons, config.vocab_size, config.tokenizer_episodes, workdir / 'tokenizer')
   architecture = make_config(config, tokenizer.vocab_size)
   predicted = predict(config, lessons, tokenizer, architecture)
   print(f'{config.episodes} lessons and {config.drills} drills: {predicted["tokens"]:,.0f} tokens, '
@@ -368,9 +489,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   state, record = train.fit(config, workdir, model, rows, mesh)
 
   # The folder, and how well it reads where a hint tells the rule and where it has to find it.
+  held_out_split = lessons.splits[-1]
   held_out = {
     name: reply_accuracy(model, state, list(lessons.play(
-      tokenizer, 'valid_unseen', _HELD_OUT_EPISODES, hint_share=share, rule_share=share)))
+      tokenizer, held_out_split, config.held_out_episodes, hint_share=share, rule_share=share)))
     for name, share in (('told', 1.0), ('untold', 0.0))}
   folder = workdir / MODEL_FOLDER
   weights.export_pretrained(

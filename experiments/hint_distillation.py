@@ -139,7 +139,7 @@ class Loop(stages.Stages):
         episodes=','.join(runs), out=out, writer=chosen,
         # The warm start made an actor of the model, which answers everything with an action: as a
         # writer it is asked without.
-        model=c.hint_model if chosen == 'openai' else c.model, adapter='',
+        model=c.hint_model if chosen == 'openai' else self.model, adapter='',
         slots=c.slots, max_context=c.hint_max_context,
         base_url=self.dry_hint_url or c.hint_base_url, timeout_s=60.0, retries=4),
       load_policy=lambda: (self.base.model(), self.base.tokenizer, self.base.name))
@@ -210,6 +210,7 @@ class Loop(stages.Stages):
     stages.check_splits(c, c.loop_skills)
     workdir_lib.open_workdir(
       self.workdir, {**c.to_dict(), 'dry_run': bool(self.dry_hint_url)}, free_keys=_FREE_KEYS)
+    self.train_decoder()
     predicted = stages.predicted(
       self.workdir, {'evaluate': c.evaluate}, lambda: budget.predict(c, self.base, rows))
     print(budget.table(predicted), flush=True)
@@ -268,6 +269,7 @@ def check(config) -> None:
     if config.warm_episodes:
       raise errors.UserError('next_after goes on from a student: set warm_episodes=0.')
   stages.check_data(config.data)
+  stages.check_decoder(config)
   hints_lib.check_flags(config.writer, config.hint_model)
   if config.writer == 'openai' and 'api.openai.com' in config.hint_base_url and not os.environ.get(
       'OPENAI_API_KEY'):

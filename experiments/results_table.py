@@ -64,6 +64,7 @@ def file_run(
   if data := os.environ.get('HINTSIGHT_DATA'):
     # Where the data lay on that machine says nothing on another one.
     text = text.replace(data.rstrip('/'), '${HINTSIGHT_DATA}')
+  text = text.replace(str(workdir.absolute()), '${workdir}').replace(f'{workdir}/', '${workdir}/')
   record = json.loads(text)
   record['measured'] = {
     'command': command, 'machine': machine,
@@ -89,6 +90,15 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
       f'{row["env_steps_mean"]:.1f} | {row["prompt_tokens_mean"]:.0f} | '
       f'{row["prefilled_tokens_mean"]:.0f} | {row["generated_tokens_mean"]:.0f} |')
   return '\n'.join(lines)
+
+
+def score_line(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Mean scores of 100 where a game that is not won can have one; '' where none has."""
+  if all(abs(row.get('score_mean', row['success_rate']) - row['success_rate']) < 1e-9
+         for row in rows):
+    return ''
+  return 'Mean score of 100: ' + ', '.join(
+    f'{row["id"]} {100 * row["score_mean"]:.1f}' for row in rows) + '.'
 
 
 def pair_line(pair: Mapping[str, Any]) -> str:
@@ -122,12 +132,19 @@ def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 def decoder_line(record: Mapping[str, Any]) -> str:
   """What a decoder was trained on from random weights, and how well it reads."""
-  told, untold = (100 * record['held_out'][key]['rule'] for key in ('told', 'untold'))
-  return (
+  measure = 'rule' if record['drills'] else 'replies'
+  told, untold = (100 * record['held_out'][key][measure] for key in ('told', 'untold'))
+  drills = f' and {record["drills"]:,} drills' if record['drills'] else ''
+  trained = (
     f'{record["parameters"]:,} parameters, trained on {record["tokens"]:,} tokens of '
-    f'{record["episodes"]:,} expert episodes and {record["drills"]:,} drills in '
-    f'{record["wall_s"] / 60:.0f} minutes. In held-out episodes it names the right verb and '
-    f'appliance in {told:.0f} % where a hint tells them, and in {untold:.0f} % where a label does.')
+    f'{record["episodes"]:,} expert episodes{drills} in {record["wall_s"] / 60:.0f} minutes. ')
+  if not record['drills']:
+    return (
+      f"{trained}In held-out episodes {told:.0f} % of its replies are the expert's, word for word, "
+      f'where hints are shown, and {untold:.0f} % where none are.')
+  return (
+    f'{trained}In held-out episodes it names the right verb and appliance in {told:.0f} % where a '
+    f'hint tells them, and in {untold:.0f} % where a label does.')
 
 
 def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
@@ -135,8 +152,10 @@ def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
   rows = [row for row in record['rows'] if not ids or row['id'] in ids]
   shown = {row['id'] for row in rows}
   pairs = [pair for pair in record['paired'] if {pair['a'], pair['b']} <= shown]
+  scores = score_line(rows)
   return '\n'.join(
-    [rows_table(rows), '', *map(pair_line, pairs), '', measured_line([record])])
+    [rows_table(rows), '', *map(pair_line, pairs), *(['', scores] if scores else []), '',
+     measured_line([record])])
 
 
 def merge(
@@ -234,7 +253,10 @@ def experience_tables(records: Sequence[Mapping[str, Any]], *, brief: bool = Fal
       {name: row['success_rate'] for name, row in rates.items()}).items():
     lines.append(f'- {name}: the empty index costs ' + ', the mismatched one '.join(
       f'{100 * costs[key]:.1f} points' for key in ('empty', 'mismatched') if key in costs))
-  return '\n'.join([*lines, '', *map(pair_line, merged['paired']), '', measured_line(records)])
+  scores = score_line(merged['rows'])
+  return '\n'.join([
+    *lines, '', *map(pair_line, merged['paired']), *(['', scores] if scores else []), '',
+    measured_line(records)])
 
 
 # The two pages.
@@ -276,7 +298,8 @@ def evidence() -> str:
     'plain': 'Formats: plain', 'react': 'Formats: ReAct', 'stateact': 'Formats: StateAct',
     'small': 'Another size: a decoder of 1.8 million parameters, trained from scratch, ReAct',
     'round2': 'A second round, from the first distilled student and its bank',
-    'alfworld': "ALFWorld's own games, valid_seen", 'demo': 'The demo: `make demo`'}
+    'alfworld': "ALFWorld's own games, valid_seen",
+    'webshop': 'WebShop, generated shop: a decoder of its own', 'demo': 'The demo: `make demo`'}
   for name, title in titles.items():
     record = load(name)
     if record:
@@ -289,7 +312,8 @@ def evidence() -> str:
     name = path.stem.removeprefix(f'{_EXPERIENCE}_')
     if name not in _SEEDS:
       section(f'Experience retrieval: {name.replace("_", " ")}',
-              experience_tables([load(name, _EXPERIENCE)]))
+              (f'{decoder_line(own)}\n\n' if (own := load(name, 'from_scratch')) else '')
+              + experience_tables([load(name, _EXPERIENCE)]))
   if record := aot_table.load():
     section('Qwen2.5 on TPU slices, compiled ahead of time', aot_table.section(record))
   from experiments.bench import cost_model  # Needs jax, which --help does not wait for.

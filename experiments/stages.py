@@ -9,10 +9,12 @@ from typing import Any
 import rollout
 import train
 from agents import policy as policy_lib
+from configs import from_scratch as scratch_config
 from configs import rollout as rollout_config
 from configs import train as train_config
 from data import errors, trajectory
 from data import workdir as workdir_lib
+from experiments import from_scratch
 
 
 class Stages:
@@ -33,11 +35,24 @@ class Stages:
     self._base = None
 
   @property
+  def model(self) -> str:
+    """The model by name or path: the config's, or that of the stage `decoder`."""
+    if self.config.decoder:
+      return str(self.workdir / 'decoder' / from_scratch.MODEL_FOLDER)
+    return self.config.model
+
+  def train_decoder(self) -> None:
+    """The stage that makes the model, where the config's key `decoder` asks for one."""
+    if self.config.decoder:
+      config = scratch_config.of_experiment(self.config)
+      self.stage('decoder', lambda folder: {'training': from_scratch.run(config, folder)})
+
+  @property
   def base(self) -> policy_lib.Base:
     if self._base is None:
       c = self.config
       self._base = policy_lib.load_base(
-        c.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=c.dtype,
+        self.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=c.dtype,
         base_quantization=c.base_quantization, seed=c.seed)
     return self._base
 
@@ -63,7 +78,7 @@ class Stages:
     """Plays episodes through rollout.py's own code: this config's keys, then the changes."""
     values = {key: self.config[key] for key in rollout_config.DEFAULTS if key in self.config}
     # An experiment's mesh is that of its trainings; it plays on one device.
-    values.update(mesh='', **changes)
+    values.update(model=self.model, mesh='', **changes)
     rollout.run(rollout_config.make(values), folder, base=self.base)
     return trajectory.load_episodes(folder)
 
@@ -85,7 +100,7 @@ class Stages:
   def train_config(self, **changes):
     """This config's keys of configs/train.py, then the changes."""
     values = {key: self.config[key] for key in train_config.DEFAULTS if key in self.config}
-    return train_config.make({**values, **changes})
+    return train_config.make({**values, 'model': self.model, **changes})
 
 
 def counts(episodes: Sequence[trajectory.Episode]) -> dict[str, int]:
@@ -97,6 +112,12 @@ def counts(episodes: Sequence[trajectory.Episode]) -> dict[str, int]:
 def record_of(run: str | pathlib.Path, stage: str) -> dict[str, Any]:
   """What a finished stage recorded."""
   return json.loads((pathlib.Path(run) / stage / 'done.json').read_text())
+
+
+def check_decoder(config: Any) -> None:
+  """Raises errors.UserError where the decoder that the config asks for cannot be made."""
+  if config.decoder:
+    from_scratch.check(scratch_config.of_experiment(config))
 
 
 def check_data(data: str) -> None:

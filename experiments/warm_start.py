@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 from envs import base as envs_base
 from envs import household, household_skills
 from envs.base import Suite, Task
-from retrieval import hint_rules
+from retrieval import hint_rules, hint_rules_webshop
 
 
 def hint_block(
@@ -70,6 +70,30 @@ def hint_block(
 
 def _text(rule) -> str:
   return hint_rules.rule_hint(rule.state, rule.verb, rule.appliance, rule.precondition)
+
+
+def reminder_block(
+  task: Task, rng: random.Random, *, k: int, rule_share: float
+) -> tuple[memory_lib.Memory, list[str]]:
+  """Draws the hint block of one shopping trip, in the words of the `rules` writer.
+
+  Args:
+    task: a goal of WebShop.
+    rng: of this episode.
+    k: hints in the block.
+    rule_share: probability of each care (`envs.webshop_expert.CARES`) that the block has it.
+
+  Returns:
+    (memory, cares that it reminds of). The other hints tell how to search and to click.
+  """
+  texts = hint_rules_webshop.reminders(task.instruction)
+  told = [care for care in sorted(texts) if rng.random() < rule_share]
+  told = rng.sample(told, min(k, len(told)))
+  lines = [texts[care] for care in told]
+  lines += rng.sample(
+    hint_rules_webshop.GENERAL_HINTS, min(k - len(lines), len(hint_rules_webshop.GENERAL_HINTS)))
+  rng.shuffle(lines)
+  return memory_lib.hints(lines), told
 
 
 def play(

@@ -92,33 +92,59 @@ def _option(name: str) -> str:
   return f'{{{name}}}' if name in _PLACEHOLDERS else '{option}'
 
 
+PRICE_HINT = 'Open only an {item} whose price is below the limit.'
+FEATURES_HINT = (
+  'Read the features of {item} to see whether it is {attribute} before you buy it.')
+SEARCH_HINT = 'Search once, with {attribute}, the kind of {item} and its options as words.'
+OPEN_HINT = 'Click the id of an {item} on the result page to open it.'
+BRACKETS_HINT = 'Click only what stands in brackets on the page, word by word.'
+REPEAT_HINT = 'Do not repeat an action that changed nothing; try another one.'
+# How to search and to click, whatever is bought.
+GENERAL_HINTS = (SEARCH_HINT, OPEN_HINT, BRACKETS_HINT, REPEAT_HINT)
+
+
+def options_hint(names: Sequence[str]) -> str:
+  """What to choose before the purchase, by the names of the options."""
+  listed = ' and '.join(dict.fromkeys(map(_option, names)))
+  return f'Click {listed} on the page of {{item}} before you click buy now.'
+
+
+def reminders(instruction: str) -> dict[str, str]:
+  """Care of a shopper (`envs.webshop_expert.CARES`) -> the hint that reminds of it."""
+  found = {'features': FEATURES_HINT}
+  if names := asked_options(instruction):
+    found['options'] = options_hint(names)
+  if _LIMIT.search(instruction):
+    found['price'] = PRICE_HINT
+  return found
+
+
 def diagnose(episode: Episode) -> list[str]:
   """The hints of one failure, the ones nearest to the purchase first."""
   trip, hints = read_trace(episode), []
   if trip.bought and len(trip.chosen) < len(trip.offered):
-    listed = ' and '.join(dict.fromkeys(_option(name) for name in trip.offered))
-    hints.append(f'Click {listed} on the page of {{item}} before you click buy now.')
+    hints.append(options_hint(trip.offered))
   if trip.bought and len(trip.offered) < len(trip.asked):
     listed = ' and '.join(dict.fromkeys(
       _option(name) for name in trip.asked if name not in trip.offered))
     hints.append(
       f'Buy only an {{item}} that lets you choose {listed}; else go back to the results.')
   if trip.bought and trip.price > trip.limit:
-    hints.append('Open only an {item} whose price is below the limit.')
+    hints.append(PRICE_HINT)
   if trip.bought and not trip.read:
-    hints.append('Read the features of {item} to see whether it is {attribute} before you buy it.')
+    hints.append(FEATURES_HINT)
   if not trip.bought and trip.opened:
     hints.append('When an {item} has what is asked, choose its options and click buy now.')
   if not trip.bought and trip.searches and not trip.opened:
-    hints.append('Click the id of an {item} on the result page to open it.')
+    hints.append(OPEN_HINT)
   if not trip.searches:
     hints.append('Start with search[{attribute} {item}].')
   elif trip.empty or trip.words < 2 or trip.searches > 3:
-    hints.append('Search once, with {attribute}, the kind of {item} and its options as words.')
+    hints.append(SEARCH_HINT)
   if trip.invalid >= 2:
-    hints.append('Click only what stands in brackets on the page, word by word.')
+    hints.append(BRACKETS_HINT)
   if episode.termination == 'repetition':
-    hints.append('Do not repeat an action that changed nothing; try another one.')
+    hints.append(REPEAT_HINT)
   return hints
 
 

@@ -155,7 +155,7 @@ def test_the_configs_choose_it_by_name():
   assert isinstance(suite, workers.WorkerSuite) and suite._limit == 3
   assert suite._task_types == list(scienceworld.HARD_TYPES)
   assert rollout.make_spec(config).max_env_steps == 0
-  for setting in ('scienceworld', 'scienceworld_paper'):
+  for setting in ('scienceworld_smollm2', 'scienceworld_paper'):
     chosen = experience_config.get_config(f'setting={setting}')
     run = experience_retrieval.Experiment(chosen, None)
     made = [

@@ -103,6 +103,20 @@ def test_an_option_that_the_product_does_not_have(environment):
   assert not result.valid and result.observation.startswith('Invalid action.')
 
 
+def test_a_product_in_any_alphabet_is_found_and_bought():
+  shoe = product(
+    asin='B0É0000001', title='Crème brûlée 靴 İstanbul', prices=(5.0,), price=5.0,
+    options={'größe': ('größe 7', '大きい')}, bullets=('für Mädchen 🙂',), attributes=('süß',))
+  shop = Shop([*_TABLES, shoe], webshop_search.SearchIndex.build([*_TABLES, shoe]))
+  found = WebShopEnvironment(
+    shop, goal(asin=shoe.asin, attributes=('süß',), options=('大きい',), price_limit=20.0))
+  found.reset()
+  assert '[B0É0000001]\nCrème brûlée 靴 İstanbul' in found.step('search[CRÈME 靴]').observation
+  commands = ('click[B0É0000001]', 'click[大きい]', 'click[features]', 'click[< prev]')
+  assert all(found.step(command).valid for command in commands)
+  assert found.step('click[buy now]').won
+
+
 def test_a_search_without_results(environment):
   result = environment.step('search[zebra]')
   assert result.valid and 'Total results: 0' in result.observation

@@ -52,6 +52,9 @@ def test_what_is_left_out_is_counted(tmp_path):
   ('[{"asin": "B1", "name": "cut', 'ends in the middle'),
   ('[{"asin": "B1"}]', r'product 0 \(B1\) has no'),
   ('', 'is not a list of products'),
+  (json.dumps([_raw('B1', name=None)]), r'product 0 \(B1\) has no name'),
+  (json.dumps([_raw('B1', query=7)]), r'product 0 \(B1\) has no query'),
+  (json.dumps([_raw('B1', customization_options={'size': [7]})]), r'0 \(B1\) has a field that'),
 ])
 def test_a_broken_file_is_named(tmp_path, content, sentence):
   folder = _write(tmp_path / 'shop', [])

@@ -17,26 +17,19 @@ from data import bpe, trajectory
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from envs import household_skills
+from envs.webshop import WebShopSuite
 from experiments import from_scratch
 from models import decoder, weights
 from training import checkpoint, packing
 from training import step as step_lib
 
 TINY = ('vocab_size=420,embed_dim=32,num_layers=2,num_heads=2,num_kv_heads=1,mlp_dim=48,'
-        'episodes=24,drills=10,row_len=1024,checkpoint_every=4,dtype=float32')
+        'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=10,row_len=1024,checkpoint_every=4,dtype=float32')
 HOSTILE = 'Wo liegt "Gießkanne" 12?\n\n<|im_end|>\t🙂 cafe\u0301\x00'
 
 
 class Killed(Exception):
   pass
-
-
-@pytest.fixture(scope='module', autouse=True)
-def few_episodes():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(from_scratch, '_TOKENIZER_EPISODES', 30)
-    patch.setattr(from_scratch, '_HELD_OUT_EPISODES', 4)
-    yield
 
 
 @pytest.fixture(scope='module')
@@ -203,6 +196,83 @@ def test_lessons_name_no_state_twice_and_none_of_the_loop(tmp_path):
   assert 10 <= told <= 30
 
 
+def _shop_lessons(tmp_path, **changes):
+  bpe.train([], bpe.MIN_VOCABULARY, tmp_path)
+  config = config_lib.get_config('setting=webshop,lesson_options=')
+  config.update(changes)
+  speller = Tokenizer.load(tmp_path)
+  return from_scratch.Lessons(config), speller
+
+
+def test_a_shopper_forgets_by_category_what_no_hint_reminds_it_of(tmp_path):
+  lessons, speller = _shop_lessons(tmp_path)
+  suite = rollout.make_suite(lessons._rollout)
+  forgetful = {
+    task.task_type for task in suite.tasks('train')
+    if 'options' in suite.expert(task, error_rate=0.5)._forgets}
+  assert 0 < len(forgetful) < 5
+  chose, trips = 0, 0
+  for share in (0.0, 1.0):
+    for episode in lessons.play(speller, 'train', 25, hint_share=share, rule_share=1.0):
+      clicked = any('[[' in step.observation for step in episode.steps)
+      if share == 0.0 and episode.task_type in forgetful:
+        assert not clicked and not episode.success
+      else:
+        trips, chose = trips + 1, chose + clicked
+      text = speller.decode(episode.tokens)
+      assert ('before you click buy now' in text) == (share == 1.0)
+  # A product that it settles for may not have what was asked for.
+  assert 30 < trips < 50 and chose > 0.9 * trips
+  # No product of the lessons is one of the loop's.
+  loop = rollout.make_suite(rollout_config.make({'env': 'webshop', 'env_seed': 0}))
+  assert not {p.title for p in suite.shop.products} & {p.title for p in loop.shop.products}
+
+
+def test_a_hint_reminds_of_its_share(tmp_path):
+  lessons, speller = _shop_lessons(tmp_path)
+  told = sum(
+    'before you click buy now' in speller.decode(e.tokens)
+    for e in lessons.play(speller, 'train', 60, hint_share=1.0, rule_share=0.5))
+  assert 18 <= told <= 42
+
+
+def test_lessons_show_a_solved_task_of_their_type(tmp_path):
+  lessons, speller = _shop_lessons(
+    tmp_path, warm_hint_share=0.0, experience_share=1.0, expert_error_rate=0.0)
+  episodes = list(lessons.play(speller, 'train', 12))
+  earlier = {}
+  for episode in episodes:
+    text = speller.decode(episode.tokens)
+    shown = earlier.get(episode.task_type)
+    assert text.count('Solved before:') == (shown is not None)
+    assert shown is None or ' '.join(shown.split()) in text
+    if episode.success:
+      earlier[episode.task_type] = episode.instruction
+  assert sum(e.task_type in earlier for e in episodes) > 5
+
+
+def test_a_slow_environment_plays_a_lesson_once():
+  class Slow(WebShopSuite):
+    own_process, made = True, 0
+
+    def make(self, task):
+      Slow.made += 1
+      return super().make(task)
+
+  suite, games = Slow(num_products=20), {}
+  recorded = from_scratch._Recorded(suite, games)
+  task = suite.tasks('train')[0]
+  played = []
+  for _ in range(2):
+    recorded.play(task)
+    environment, expert = recorded.make(task), recorded.expert(task)
+    observation, steps = environment.reset(), []
+    while not (steps and steps[-1].done):
+      steps.append(environment.step(expert.act(observation).action))
+    played.append(steps)
+  assert Slow.made == 1 and played[0] == played[1] and played[0][-1].won
+
+
 def test_reply_accuracy_counts_whole_replies(finished):
   config = dataclasses.replace(
     weights.load_pretrained(finished[0] / 'small_decoder')[0], frozen=False)
@@ -284,7 +354,8 @@ def test_a_trained_tokenizer_spells_any_text(vocab_size, tmp_path):
 
 @pytest.mark.parametrize('change, words', [
   ('vocab_size=100', 'vocab_size=100 is too small'), ('num_heads=5', 'does not divide'),
-  ('num_layers=0', 'num_layers must be at least 1'), ('episodes=0', 'episodes must be'),
+  ('num_layers=0', 'num_layers must be at least 1'), ('episodes=0', 'episodes, tokenizer_episodes'),
+  ('env=webshop', 'drills are about houses'), ('experience_format=prose', 'format'),
   ('row_len=50', 'row_len=50'), ('schedule=steep', 'schedule')])
 def test_bad_input_is_one_sentence(change, words, tmp_path):
   key = change.partition('=')[0]

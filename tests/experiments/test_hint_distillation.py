@@ -14,8 +14,11 @@ import types
 import numpy as np
 import pytest
 
+import rollout
+from configs import experience_retrieval as experience_config
+from configs import hint_distillation as hint_config
 from data import errors, trajectory
-from experiments import stages
+from experiments import experience_retrieval, from_scratch, hint_distillation, stages
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _ROW_KEYS = {
@@ -234,6 +237,34 @@ def test_the_budget_is_predicted_once(tmp_path):
   assert [predict('base'), predict('base'), predict('base,sft')] == [[1], [1], [2]]
 
 
+@pytest.mark.parametrize('program, configs, setting', [
+  (hint_distillation.Loop, hint_config, 'webshop'),
+  (experience_retrieval.Experiment, experience_config, 'scienceworld')])
+def test_a_decoder_of_its_own_is_the_model_of_every_stage(
+    program, configs, setting, tmp_path, monkeypatch):
+  config = configs.get_config(f'setting={setting},seed=3')
+  run, done = program(config, tmp_path), []
+  monkeypatch.setattr(from_scratch, 'run', lambda *args: done.append(args) or {'steps': 7})
+  run.train_decoder()
+  [(lessons, folder)] = done
+  assert folder == tmp_path / 'decoder' and run.records['decoder']['training'] == {'steps': 7}
+  # It learns as it will play, with the experiment's seed and precision.
+  for key in ('env', 'agent', 'layout', 'prompt', 'max_context', 'seed', 'dtype'):
+    assert lessons[key] == config[key], key
+  assert lessons.task_types == config.get('easy_types', '')
+  # The expert's episodes are tokenised by rollout.py, which is told the model by name alone.
+  monkeypatch.setattr(trajectory, 'load_episodes', lambda folder: [])
+  monkeypatch.setattr(rollout, 'run', lambda *arguments, base: done.append(arguments))
+  run._base = types.SimpleNamespace()
+  run.play(tmp_path / 'played', agent='expert')
+  model = str(tmp_path / 'decoder' / from_scratch.MODEL_FOLDER)
+  assert done[1][0].model == run.train_config().model == model
+  # Without the key it is the model of that name.
+  other = program(configs.get_config(f'setting={setting},decoder='), tmp_path / 'other')
+  other.train_decoder()
+  assert len(done) == 2 and other.model == 'smollm2_135m'
+
+
 @pytest.mark.parametrize('config, words', [
   ('sft_examples=some', 'own or matched'), ('evaluate=sft', 'needs the row base'),
   ('next_after=/nowhere', 'stage base is finished'),
@@ -241,7 +272,8 @@ def test_the_budget_is_predicted_once(tmp_path):
   ('model=qwen25_7b', 'that variable is not set'),
   ('model=qwen25_7b,data=generated', 'OPENAI_API_KEY'),
   ('writer=openai,hint_base_url=http://127.0.0.1:1/v1', '--model'),
-  ('setting=webshop,eval_split=valid_unseen', 'has train, valid, test')])
+  ('setting=webshop,eval_split=valid_unseen', 'has train, valid, test'),
+  ('setting=webshop,decoder=nothing', 'There is no setting')])
 def test_bad_input_is_one_sentence(config, words, tmp_path):
   command = _command(config, tmp_path / 'run')
   command.remove('--dry_run')

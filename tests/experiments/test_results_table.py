@@ -79,3 +79,29 @@ def test_a_filed_result_names_no_folder_of_the_machine(tmp_path, monkeypatch):
   (tmp_path / 'summary.json').write_text(json.dumps({'data': f'{tmp_path}/games/alfworld'}))
   filed = results_table.file_run(tmp_path, 'own', command='a command', machine='a machine')
   assert json.loads(filed.read_text())['data'] == '${HINTSIGHT_DATA}/alfworld'
+
+
+def test_scores_are_told_where_games_have_parts():
+  row = {'id': 'base', 'success_rate': 0.25, 'score_mean': 0.25}
+  assert results_table.score_line([row]) == ''
+  assert results_table.score_line([row, {**row, 'id': 'sft', 'score_mean': 0.4}]) == (
+    'Mean score of 100: base 25.0, sft 40.0.')
+
+
+def test_a_decoder_says_what_its_environment_can_show():
+  record = {
+    'parameters': 1000, 'tokens': 2000, 'episodes': 30, 'drills': 0, 'wall_s': 120.0,
+    'held_out': {'told': {'replies': 0.5, 'rule': 0.9}, 'untold': {'replies': 0.2, 'rule': 0.8}}}
+  line = results_table.decoder_line(record)
+  assert '30 expert episodes in 2 minutes' in line and '50 %' in line and '20 %' in line
+  line = results_table.decoder_line({**record, 'drills': 7})
+  assert '7 drills' in line and 'verb and appliance in 90 %' in line and '80 %' in line
+
+
+def test_a_filed_run_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+  monkeypatch.setattr(results_table, 'RESULTS', tmp_path / 'results')
+  run = tmp_path / 'run'
+  run.mkdir()
+  (run / 'summary.json').write_text(json.dumps({'adapter': f'{run}/lora/adapter'}))
+  path = results_table.file_run(run, 'x', command='c', machine='m')
+  assert json.loads(path.read_text())['adapter'] == '${workdir}/lora/adapter'
