@@ -416,13 +416,12 @@ if __name__ == '__main__':
   flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of our products.')
   flags.DEFINE_string('remat', 'none', 'Ours: what the backward pass computes again.')
   flags.DEFINE_string(
-    'attention', 'auto', 'Ours: auto, blocks or kernel; a comma list times each, first first.')
+    'attention', 'auto', 'Ours: auto, blocks, kernel; a comma list times each.')
   flags.DEFINE_integer('row_len', 0, 'Tokens of a packed row; 0: the shortest that packs well.')
   flags.DEFINE_integer('batch_rows', 2, 'Rows of a step; padded batches hold as many tokens.')
   flags.DEFINE_integer('episodes', 400, 'Expert episodes to train on.')
   flags.DEFINE_integer('rank', 16, 'Of the adapter on all seven projections; alpha is twice that.')
   flags.DEFINE_integer('steps', 12, 'Timed steps.')
-  flags.DEFINE_integer(
-    'peer_limit_s', 1800, 'Seconds for a setting of the peer; a longer one counts as failed.')
+  flags.DEFINE_integer('peer_limit_s', 1800, 'Most seconds of a setting of the peer.')
   flags.DEFINE_string('out', str(OUT), 'JSON file to write.')
   cli.run(main, required=())
