@@ -5,7 +5,6 @@ program and every save of a checkpoint, which are collective. `jax.distributed` 
 """
 
 import contextlib
-import json
 import os
 import pickle
 import sys
@@ -40,26 +39,12 @@ def say(text: str) -> None:
 
 
 def by_first(decide: Callable[[], T]) -> T:
-  """Calls `decide` in process 0 alone; every process returns what it returned, by way of JSON.
+  """Calls `decide` in process 0 alone; every process returns what it returned.
 
   Raises:
     UserError: `decide` raised it; in every process.
   """
-  if jax.process_count() == 1:
-    return decide()
-  answer = {}
-  if is_first():
-    try:
-      answer = {'value': decide()}
-    except errors.UserError as error:
-      answer = {'error': str(error)}
-  text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-  text = multihost_utils.broadcast_one_to_all(text if is_first() else np.zeros(size, np.uint8))
-  answer = json.loads(np.asarray(text, np.uint8).tobytes())
-  if 'error' in answer:
-    raise errors.UserError(answer['error'])
-  return answer['value']
+  return from_each(lambda: decide() if is_first() else None)[0]
 
 
 def from_each(make: Callable[[], T]) -> list[T]:
