@@ -451,8 +451,8 @@ def _finished_summary(
     return None
   if not whole or not (workdir / trajectory.TFDS_NAME).exists():
     return None
-  journal = trajectory.Journal(workdir / trajectory.JOURNAL_NAME)
-  played = {(episode.policy, episode.task_id) for episode in journal.read()}
+  episodes = trajectory.read_episodes(workdir / trajectory.JOURNAL_NAME)
+  played = {(episode.policy, episode.task_id) for episode in episodes}
   left = {(policy, task.id) for policy in policies for task in tasks} - played
   return None if left else found
 

@@ -57,7 +57,7 @@ def _folders(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _episodes(folder: pathlib.Path) -> list[trajectory.Episode]:
-  return trajectory.Journal(folder / trajectory.JOURNAL_NAME).read()
+  return trajectory.read_episodes(folder / trajectory.JOURNAL_NAME)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ __all__ = [
   'Journal',
   'Step',
   'load_episodes',
+  'read_episodes',
   'read_tfds',
   'without',
   'write_tfds',
