@@ -135,16 +135,6 @@ def _table(program: str, records: Mapping[str, Any], row_len: int = 0) -> str:
     'bound by | tokens/s | MFU % |', '|---|---|---|---|---|---|---|---|---|---|', *rows])
 
 
-def _held_twice(done: Mapping[str, Any]) -> str:
-  """Says of which cells it is true: they were compiled when decoding copied what it attends to."""
-  records = [done[cell.name] for cell in cells() if cell.program == 'decode' and cell.name in done]
-  count = sum('KV prefix' in record.get('memory', ()) for record in records)
-  if not count:
-    return ''
-  share = '' if count == len(records) else f' in {count} of {len(records)} cells'
-  return f', keys and values held twice (cache and prefix){share}'
-
-
 def section(record: Mapping[str, Any]) -> str:
   """The tables as Markdown, with what they are."""
   done, measured = record['cells'], record['measured']
@@ -156,7 +146,7 @@ def section(record: Mapping[str, Any]) -> str:
     'every resource at its peak one after the other, to all of them at the same time.',
     'Training: LoRA of rank 64, rows of 4,096 tokens, one a device, a quarter of the tokens with a '
     f'loss.\n\n{_table("train", done)}',
-    f'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full{_held_twice(done)}.\n\n'
+    'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full.\n\n'
     f'{_table("decode", done)}',
     f'Training on {_LONG_ROWS} rows of {_LONG:,} tokens at a time.\n\n'
     f'{_table("train", done, _LONG)}']

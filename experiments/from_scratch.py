@@ -125,7 +125,7 @@ class _Recorded:
   """
 
   def __init__(self, suite: Suite, games: dict[str, list]):
-    """`games`: task id -> first observation, then (decision, result) of each step; is filled."""
+    """`games`, which is filled: task id -> limits, first observation, (decision, result) a step."""
     self._suite, self._games = suite, games
     self.action_templates = suite.action_templates
 
@@ -140,19 +140,19 @@ class _Recorded:
     if task.id in self._games:
       return
     environment, expert = self._suite.make(task), self._suite.expert(task)
-    observation = environment.reset()
-    game = [observation]
-    limit = envs_base.limits_of(environment)
-    while len(game) <= limit.steps:
+    observation, steps = environment.reset(), []
+    limits = envs_base.limits_of(environment)
+    game = [limits, observation]
+    while len(steps) < limits.steps:
       decision = expert.act(observation)
       result = environment.step(decision.action)
       observation = result.observation
-      game.append((decision, result))
+      steps.append((decision, result))
       if result.done:
         break
     if close := getattr(environment, 'close', None):
       close()
-    self._games[task.id] = [limit, *game]
+    self._games[task.id] = [*game, *steps]
 
 
 class _Told:
@@ -194,20 +194,20 @@ class Lessons:
     if config.env != 'household':
       self._spec = expert_episodes.expert_spec(self._spec)
 
-  @property
-  def splits(self) -> Sequence[str]:
-    return rollout.make_suite(self._rollout).splits
-
   def play(
-    self, tokenizer: Tokenizer, split: str, count: int, *, hint_share: float | None = None,
+    self, tokenizer: Tokenizer, split: str | None, count: int, *, hint_share: float | None = None,
     rule_share: float | None = None,
   ) -> Iterator[trajectory.Episode]:
-    """The first `count` episodes of a split; the shares are the config's where none are given."""
+    """The first `count` episodes of a split, None being the environment's last, its test.
+
+    The shares are the config's where none are given.
+    """
     c = self._config
     hint_share = c.warm_hint_share if hint_share is None else hint_share
     rule_share = c.warm_rule_share if rule_share is None else rule_share
     self._rollout.episodes = count
     suite = rollout.make_suite(self._rollout)
+    split = suite.splits[-1] if split is None else split
     labels = episode_lib.Labels('expert', 'expert', split, c.seed)
     tasks = rollout.choose_tasks(suite, split, count)
     if c.env != 'household':
@@ -226,7 +226,6 @@ class Lessons:
       yield expert_episodes.expert_episode(
         suite, rename(task, words), tokenizer, self._spec, labels, memory=memory,
         known_rules=told)
-
 
   def _play_as_it_is(
     self, suite: Suite, tasks: Sequence[Task], tokenizer: Tokenizer, labels: episode_lib.Labels,
@@ -489,10 +488,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   state, record = train.fit(config, workdir, model, rows, mesh)
 
   # The folder, and how well it reads where a hint tells the rule and where it has to find it.
-  held_out_split = lessons.splits[-1]
   held_out = {
     name: reply_accuracy(model, state, list(lessons.play(
-      tokenizer, held_out_split, config.held_out_episodes, hint_share=share, rule_share=share)))
+      tokenizer, None, config.held_out_episodes, hint_share=share, rule_share=share)))
     for name, share in (('told', 1.0), ('untold', 0.0))}
   folder = workdir / MODEL_FOLDER
   weights.export_pretrained(

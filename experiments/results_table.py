@@ -132,19 +132,21 @@ def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 def decoder_line(record: Mapping[str, Any]) -> str:
   """What a decoder was trained on from random weights, and how well it reads."""
-  measure = 'rule' if record['drills'] else 'replies'
-  told, untold = (100 * record['held_out'][key][measure] for key in ('told', 'untold'))
-  drills = f' and {record["drills"]:,} drills' if record['drills'] else ''
-  trained = (
-    f'{record["parameters"]:,} parameters, trained on {record["tokens"]:,} tokens of '
-    f'{record["episodes"]:,} expert episodes{drills} in {record["wall_s"] / 60:.0f} minutes. ')
-  if not record['drills']:
-    return (
-      f"{trained}In held-out episodes {told:.0f} % of its replies are the expert's, word for word, "
-      f'where hints are shown, and {untold:.0f} % where none are.')
+  told, untold = (
+    100 * record['held_out'][key]['rule' if record['drills'] else 'replies']
+    for key in ('told', 'untold'))
+  if record['drills']:
+    drills = f' and {record["drills"]:,} drills'
+    reads = (f'it names the right verb and appliance in {told:.0f} % where a hint tells them, and '
+             f'in {untold:.0f} % where a label does.')
+  else:
+    drills = ''
+    reads = (f"{told:.0f} % of its replies are the expert's, word for word, where hints are shown, "
+             f'and {untold:.0f} % where none are.')
   return (
-    f'{trained}In held-out episodes it names the right verb and appliance in {told:.0f} % where a '
-    f'hint tells them, and in {untold:.0f} % where a label does.')
+    f'{record["parameters"]:,} parameters, trained on {record["tokens"]:,} tokens of '
+    f'{record["episodes"]:,} expert episodes{drills} in {record["wall_s"] / 60:.0f} minutes. '
+    f'In held-out episodes {reads}')
 
 
 def single(record: Mapping[str, Any], ids: Sequence[str] = ()) -> str:
