@@ -159,6 +159,8 @@ def check(config) -> None:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
   if config.remat not in ('auto', 'none', 'mlp', 'full'):
     raise errors.UserError(f'remat={config.remat!r}: choose auto, none, mlp or full.')
+  if config.dtype not in ('auto', 'bfloat16', 'float32'):
+    raise errors.UserError(f'dtype={config.dtype!r}: choose auto, bfloat16 or float32.')
   if config.attention not in ('auto', 'blocks', 'kernel'):
     raise errors.UserError(f'attention={config.attention!r}: choose auto, blocks or kernel.')
 
@@ -388,7 +390,10 @@ def run(
 
   from agents.policy import load_base
   from models import decoder, registry, weights
-  from training import packing, processes
+  from training import packing, processes, speed
+
+  config = config.copy_and_resolve_references()
+  config.dtype = processes.by_first(lambda: speed.settle_dtype(config.dtype, folder))
 
   def finished() -> dict | None:
     workdir_lib.check_workdir(folder, config.to_dict(), free_keys=FREE_KEYS)

@@ -46,7 +46,7 @@ DEFAULTS = dict(
   # configs/from_scratch.py.
   decoder='',
   shrink=False,
-  dtype='bfloat16',
+  dtype='auto',  # operands of the products: bfloat16, float32; auto: the faster here
   base_quantization='none',  # kernels of the frozen base: none, int8, int4, nf4
   seed=0,
   start_adapter='',  # PEFT folder that every policy starts from; '' is none

@@ -54,7 +54,7 @@ DEFAULTS = dict(
   grad_accum=1,
   seed=0,
   # How it is computed.
-  dtype='bfloat16',  # operands of the products; or float32
+  dtype='auto',  # operands of the products: bfloat16, float32; auto: the faster here
   mesh='auto',  # sizes data,fsdp,tensor, or slices before them; auto: by model, memory and devices
   remat='auto',  # recomputed in the backward pass: none, mlp, full; auto: the least that fits
   attention='auto',  # blocks, kernel (GPU, TPU); auto: the kernel where it is shown to be right

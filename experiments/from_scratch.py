@@ -442,9 +442,13 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   Returns:
     The content of summary.json.
   """
+  from training import speed
+
   started = time.perf_counter()
   workdir = pathlib.Path(workdir)
   check(config)
+  config = config.copy_and_resolve_references()
+  config.dtype = speed.settle_dtype(config.dtype, workdir)
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=train.FREE_KEYS)
   summary_path = workdir / 'summary.json'
   if summary_path.exists():

@@ -28,7 +28,11 @@ class Stages:
   """
 
   def __init__(self, config: Any, workdir: pathlib.Path):
-    self.config = config
+    from training import speed
+
+    # Settled once, so that all stages multiply alike.
+    self.config = config.copy_and_resolve_references()
+    self.config.dtype = speed.settle_dtype(config.dtype, workdir)
     self.workdir = workdir
     self.wall_s: dict[str, float] = {}
     self.records: dict[str, dict[str, Any]] = {}

@@ -38,22 +38,23 @@ def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _fast_product(x: jax.Array, kernel: jax.Array, frozen: bool) -> jax.Array:
-  """bfloat16 x bfloat16 -> float32; see `matmul`."""
-  return _dot(x.astype(jnp.bfloat16), from_bits(kernel).astype(jnp.bfloat16))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, kernel: jax.Array, dtype: str, frozen: bool) -> jax.Array:
+  """`matmul` with operands of `dtype`."""
+  kernel = from_bits(kernel).astype(dtype)
+  return _precise_dot(x, kernel) if dtype == 'float32' else _dot(x.astype(dtype), kernel)
 
 
-def _fast_product_fwd(x, kernel, frozen):
+def _product_fwd(x, kernel, dtype, frozen):
   # A kernel stays as it came, so that a scan does not copy it; of x, what the gradient multiplies.
-  kept = None if frozen else to_bits(x.astype(jnp.bfloat16))
-  return _fast_product(x, kernel, frozen), (kept, kernel)
+  kept = None if frozen else to_bits(x.astype(dtype))
+  return _product(x, kernel, dtype, frozen), (kept, kernel)
 
 
-def _fast_product_bwd(frozen, residuals, grad):
+def _product_bwd(dtype, frozen, residuals, grad):
   x, kernel = residuals
-  kernel = from_bits(kernel).astype(jnp.bfloat16)
-  grad = grad.astype(jnp.bfloat16)
+  kernel = from_bits(kernel).astype(dtype)
+  grad = grad.astype(dtype)
   contract_out = (((grad.ndim - 1,), (1,)), ((), ()))
   dx = jax.lax.dot_general(grad, kernel, contract_out, preferred_element_type=jnp.float32)
   if frozen:
@@ -77,7 +78,7 @@ def sum_over_rows(x: jax.Array, grad: jax.Array) -> jax.Array:
   return jax.lax.optimization_barrier(_dot(jax.lax.optimization_barrier(grad.T), x)).T
 
 
-_fast_product.defvjp(_fast_product_fwd, _fast_product_bwd)
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def _precise_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -108,18 +109,15 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: str, *, frozen: bool) -> jax.
     dtype: 'float32' or 'bfloat16', the dtype of the operands.
     frozen: the kernel is a constant of training: its gradient is never formed and reads as zero.
   """
-  if dtype == 'float32':
-    kernel = jax.lax.stop_gradient(from_bits(kernel)).astype(dtype) if frozen else kernel
-    return _precise_dot(x, kernel)
-  if math.prod(x.shape[:-1]) == 1 and platform.name() == 'cpu':
+  if math.prod(x.shape[:-1]) == 1 and dtype == 'bfloat16' and platform.name() == 'cpu':
     # XLA's bfloat16 matrix-vector product on CPU converts the kernel to float32 first. 576 x 1536,
     # kernels streamed from memory, us a product (bfloat16 / float32): 1 row 1517 / 121, 2 rows
     # 133 / 182, 8 rows 163 / 275, 32 rows 214 / 411, 1024 rows 3822 / 7714. A second, empty row
     # is all it takes.
     rows = jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
-    y = _fast_product(rows, kernel, frozen)[:1]
+    y = _product(rows, kernel, dtype, frozen)[:1]
     return y.reshape(*x.shape[:-1], kernel.shape[1])
-  return _fast_product(x, kernel, frozen)
+  return _product(x, kernel, dtype, frozen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -63,9 +63,11 @@ def _record(tokens, seconds, **more):
 
 
 def test_the_best_setting_of_the_peer_counts_and_a_failed_one_is_shown():
-  ours = [_record([100, 100], [1.0, 1.0], flops_per_token=1e6, product_rate=2e8, efficiency=0.9,
+  ours = [_record([100, 100], [1.0, 1.0], flops_per_token=1e6, efficiency=0.9,
+                  product_rates={'float32': 2e8},
                   attention='kernel', losses=[2.0, 1.0]),
-          _record([100, 100], [0.5, 0.5], flops_per_token=1e6, product_rate=4e8, efficiency=0.9,
+          _record([100, 100], [0.5, 0.5], flops_per_token=1e6, efficiency=0.9,
+                  product_rates={'float32': 1e8, 'bfloat16': 4e8},
                   attention='kernel', losses=[2.0, 1.0])]
   names = ('dtype', 'layout', 'compile')
   peers = [
@@ -80,6 +82,7 @@ def test_the_best_setting_of_the_peer_counts_and_a_failed_one_is_shown():
   assert found['ours']['by_run'] == [100.0, 200.0]
   assert found['best_peer']['tokens_per_s'] == 80
   assert found['ratio_to_best_peer'] == pytest.approx(400 / 3 / 80)
+  assert found['ours']['product_dtype'] == 'bfloat16'
   assert found['ours']['share_of_product_rate'] == pytest.approx(400 / 3 * 1e6 / 4e8)
   assert found['losses']['largest_relative_gap'] == pytest.approx(0.01 / 1.01)
   text = bench.table({**found, 'setting': {'dtype': 'bfloat16'}})
