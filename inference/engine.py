@@ -182,6 +182,12 @@ class Engine:
     held = memory.held_bytes(self._caches)
     room = memory.USABLE * memory.device_bytes() - memory.held_bytes(self._params) - held
     self._decode_lengths = lengths.affordable(self._lengths, held, room)
+    # Slots on several devices have no order in common: a gather of the longest would move their
+    # keys and values between devices, more than it saves.
+    apart = mesh is not None and mesh.shape['data'] > 1
+    room_positions = room / held * max_len * num_slots
+    self._splits = (
+      [] if apart else lengths.splits(self._lengths, self._group_size, room_positions))
 
   def length(self, slot: int) -> int:
     """Tokens of the slot's conversation, the last sampled one included."""
@@ -316,17 +322,15 @@ class Engine:
     waiting = [i for i in members if self._slots[i].new is not None]
     if waiting:
       self._run_prefill(group, waiting)
-    longest = max(slot.cached for slot in self._slots[slots] if slot.running)
+    own = np.array([slot.cached if slot.running else 0 for slot in self._slots[slots]])
     leave_at = np.int32(busy - math.ceil(_REFILL_SHARE * busy))
     width = 1
     with self._clock('decode'):
-      attend_len = next(n for n in self._decode_lengths if n >= longest)
       cache, state = self._caches[group], self._states[group]
-      prefix = cache
-      if attend_len < self.max_len or not cache.readable:
-        prefix = self._programs.prefix(cache, attend_len=attend_len)
+      attend_len, prefix, longer = self._attended(cache, own)
       arguments = (
-        self._params, prefix, state, leave_at, self._tables.arrays(slots), self._gates_of(slots))
+        self._params, prefix, state, leave_at, self._tables.arrays(slots), self._gates_of(slots),
+        longer)
       drafting = None if self._acceptance is None else self._acceptance.drafting[slots]
       if drafting is not None and pays(drafting, running):
         width += self._lookup.draft_len
@@ -337,6 +341,27 @@ class Engine:
       new, self._states[group], packed = result
       self._caches[group] = self._programs.absorb(cache, new)
     self._flying.append((group, packed, width))
+
+  def _attended(
+    self, cache: KVCache, own: np.ndarray
+  ) -> tuple[int, KVCache, programs.Longer]:
+    """What decoding reads of a group's cache: its length, the prefix of all slots, and the rest.
+
+    Args:
+      cache: the group's.
+      own: int [S], tokens of each slot; 0 of one at rest.
+    """
+    attend_len = next(n for n in self._decode_lengths if n >= own.max())
+    copied = attend_len < self.max_len or not cache.readable
+    split = lengths.choose(own, attend_len, self._splits, self._decode_steps, copied)
+    if split is not None:
+      rows = np.argsort(-own, kind='stable')[: split.count].astype(np.int32)
+      prefix = self._programs.prefix(cache, attend_len=split.short)
+      section = self._programs.section(cache, rows, start=split.short, end=split.long)
+      return split.long, prefix, (section, rows)
+    if copied:
+      cache = self._programs.prefix(cache, attend_len=attend_len)
+    return attend_len, cache, None
 
   def run_until_complete(self) -> list[Completion]:
     """Steps until no turn is in progress; all completions, in the order in which they ended."""

@@ -91,6 +91,7 @@ class Programs:
 
   prefill: Callable
   prefix: Callable
+  section: Callable
   decode: Callable
   verify: Callable
   absorb: Callable
@@ -112,13 +113,18 @@ def compiled(spec: Spec) -> Programs:
     traces['prefix'] += 1
     return cache.prefix(attend_len)
 
-  def decode_program(params, prefix, state, leave_at, tries=None, gates=None):
-    traces['decode'] += 1
-    return decode(spec, params, prefix, state, leave_at, tries, gates)
+  def section_program(cache, rows, *, start, end):
+    traces['section'] += 1
+    return cache.section(rows, start, end)
 
-  def verify_program(params, prefix, state, leave_at, tries, gates, context, drafting):
+  def decode_program(params, prefix, state, leave_at, tries=None, gates=None, longer=None):
+    traces['decode'] += 1
+    return decode(spec, params, prefix, state, leave_at, tries, gates, longer)
+
+  def verify_program(
+    params, prefix, state, leave_at, tries, gates, longer, context, drafting):
     traces['verify'] += 1
-    return verify(spec, params, prefix, state, leave_at, tries, gates, context, drafting)
+    return verify(spec, params, prefix, state, leave_at, tries, gates, longer, context, drafting)
 
   def absorb_program(cache, new):
     traces['absorb'] += 1
@@ -148,6 +154,7 @@ def compiled(spec: Spec) -> Programs:
       prefill_program, static_argnames='attend_len', donate_argnames=('cache', 'state'),
       **pinned[0]),
     jax.jit(prefix_program, static_argnames='attend_len', **pinned[1]),
+    jax.jit(section_program, static_argnames=('start', 'end'), **pinned[3]),
     jax.jit(decode_program, **reading, **pinned[2]),
     jax.jit(verify_program, **reading, **pinned[2]),
     jax.jit(absorb_program, donate_argnames='cache', **pinned[1]),
@@ -159,6 +166,8 @@ def compiled(spec: Spec) -> Programs:
 
 # Edges int32 [S, E, 3] and nodes int32 [S] of `inference.trie`; None where no slot is restricted.
 Tries = tuple[jax.Array, jax.Array] | None
+# `KVCache.section` of some slots, and these slots, int32 [n]: what the prefix of all leaves out.
+Longer = tuple[KVCache, jax.Array] | None
 # What decoding adds to a cache: the arguments of `KVCache.absorb`, a tail and its places.
 New = tuple[KVCache, jax.Array]
 
@@ -253,18 +262,20 @@ def decode(
   leave_at: jax.Array,
   tries: Tries = None,
   gates: jax.Array | None = None,
+  longer: Longer = None,
 ) -> tuple[New, SlotState, jax.Array]:
   """Samples up to `decode_steps` tokens for every active slot.
 
   Args:
     spec: static.
     params: the adapter's and the frozen state.
-    prefix: what is attended to, at least as long as the longest active slot: the cache itself, or
-      `KVCache.prefix` of it; only read.
+    prefix: what is attended to, at least as long as the longest active slot that `longer` does not
+      name: the cache itself, or `KVCache.prefix` of it; only read.
     state: donated.
     leave_at: int32, return as soon as no more slots than this are active.
     tries: what the slots may reply; their nodes are those before the prefill's token.
     gates: as for `prefill`.
+    longer: what active slots have beyond the prefix.
 
   Returns:
     What the cache has to absorb, the slots' state, and all that the host wants to know as one int32
@@ -284,7 +295,8 @@ def decode(
   def advance(carry):
     step, tail, state, tokens, logprobs, nodes = carry
     hidden, tail = decoder.forward_step(
-      spec.graphdef, *params, state.last, prefix, tail, before, step, gates=gates
+      spec.graphdef, *params, state.last, prefix, tail, before, step, gates=gates,
+      longer=longer
     )
     new, logprob, stop = _choose(
       spec, params, hidden, state.engine_seed, state.seed, state.index, edges, nodes
@@ -339,6 +351,7 @@ def verify(
   leave_at: jax.Array,
   tries: Tries,
   gates: jax.Array | None,
+  longer: Longer,
   context: jax.Array,
   drafting: jax.Array,
 ) -> tuple[New, SlotState, jax.Array]:
@@ -346,8 +359,8 @@ def verify(
 
   Args:
     spec: static; its `lookup` is set.
-    params, prefix, state, leave_at, tries, gates: as for `decode`.
-    context: int32 [S, the prefix's length], the cached tokens.
+    params, prefix, state, leave_at, tries, gates, longer: as for `decode`.
+    context: int32 [S, all that is attended to], the cached tokens.
     drafting: bool [S], slots that draft; the others sample one token a step.
 
   Returns:
@@ -376,7 +389,7 @@ def verify(
     places = at_columns(places, own, start)
     fed = jnp.concatenate([state.last[:, None], drafts], axis=1)
     hidden, tail = decoder.forward_step(
-      spec.graphdef, *params, fed, prefix, tail, before, start, places, gates
+      spec.graphdef, *params, fed, prefix, tail, before, start, places, gates, longer
     )
     seeds = jnp.broadcast_to(state.seed[:, None], fed.shape)
     indices = state.index[:, None] + ahead.astype(jnp.uint32)

@@ -135,20 +135,26 @@ def decode_attention(
   lengths: jax.Array,
   step: jax.Array,
   places: jax.Array | None = None,
+  section: tuple[jax.Array | None, ...] = (),
+  rows: jax.Array | None = None,
   *,
   window: int = 0,
 ) -> jax.Array:
   """Attention of the new tokens of each row over a prefix and a tail that holds them already.
+
+  Rows that are longer than the prefix go on in a section, which the others do not read.
 
   Args:
     q: float32 [B, T, N, H], rotated.
     prefix: keys [B, K, H, S], rotated, and values [B, K, S, H]; of an int8 cache their scales
       [B, K, S], too.
     tail: keys [B, K, H, W] and values [B, K, W, H], likewise: what came after the prefix.
-    lengths: int32 [B], valid positions of the prefix.
+    lengths: int32 [B], valid positions of the prefix, and of the section behind it.
     step: int32, the first new token's column of the tail.
     places: int32 [B, W], the position of each column, beyond all others for one that does not
       count; None: a row's columns follow its prefix.
+    section: of some rows, what follows the prefix: as the prefix, with [n] for [B].
+    rows: int32 [n], those rows, each once; None without a section.
     window: as in `attention`.
 
   Returns:
@@ -170,9 +176,23 @@ def decode_attention(
   old = jnp.where(old[:, None, None], _scores(q, k, k_scale), MASKED)
   new = jnp.where(new[:, None, None], _scores(q, tail_k, tail_k_scale), MASKED)
   peak = jnp.maximum(old.max(axis=-1, keepdims=True), new.max(axis=-1, keepdims=True))
+  if rows is not None:
+    far_k, far_v, *far_scales = section
+    far_k_scale, far_v_scale = far_scales or (None, None)
+    index = k.shape[-1] + jnp.arange(far_k.shape[-1])
+    far = index < lengths[rows, None, None]
+    if window:
+      far &= index > own[rows] - window
+    far = jnp.where(far[:, None, None], _scores(q[rows], far_k, far_k_scale), MASKED)
+    peak = peak.at[rows].max(far.max(axis=-1, keepdims=True))
+    far = jnp.exp(far - peak[rows])
   old, new = jnp.exp(old - peak), jnp.exp(new - peak)
   out = _weighted(old, v, v_scale) + _weighted(new, tail_v, tail_v_scale)
-  out /= old.sum(axis=-1, keepdims=True) + new.sum(axis=-1, keepdims=True)
+  total = old.sum(axis=-1, keepdims=True) + new.sum(axis=-1, keepdims=True)
+  if rows is not None:
+    out = out.at[rows].add(_weighted(far, far_v, far_v_scale))
+    total = total.at[rows].add(far.sum(axis=-1, keepdims=True))
+  out /= total
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads, head_dim)
 
 

@@ -514,6 +514,7 @@ def forward_step(
   step: jax.Array,
   places: jax.Array | None = None,
   gates: jax.Array | None = None,
+  longer: tuple[KVCache, jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache]:
   """One step of a decode loop over all slots, which `KVCache.absorb` ends.
 
@@ -524,11 +525,14 @@ def forward_step(
     tokens: int32 [B], the newest token of each slot; or [B, T], with what may follow it.
     prefix: of the cache, as it was before the loop; only read.
     tail: the loop's own tokens.
-    lengths: int32 [B], tokens in each slot before the loop, at most the prefix's length.
+    lengths: int32 [B], tokens in each slot before the loop, at most the prefix's length, and that
+      of what follows it.
     step: int32, the first token's column of the tail.
     places: int32 [B, W], the position of each column of the tail, `kv_cache.OUTSIDE` for one that
       does not count; None: they follow the prefix.
     gates: float32 [B, R], of each slot, where the adapter is several (`models.adapters`).
+    longer: what follows the prefix in some slots, `KVCache.section`, and these slots, int32 [n],
+      each once; None where the prefix is all.
 
   Returns:
     float32 [B, D] (or [B, T, D]) after the final norm, and the tail with the tokens' keys and
@@ -542,12 +546,16 @@ def forward_step(
   rotary = _rotary(model.config, own)
   x, layers, windows = _embed(model, rows), [], model.config.windows
   gates = None if gates is None else gates[:, None]
-  layered = zip(_unstacked(model), windows, prefix.layers, tail.layers, strict=True)
-  for block, window, old, new in layered:
+  sections, slots = [()] * len(windows), None
+  if longer is not None:
+    sections, slots = longer[0].layers, longer[1]
+  layered = zip(_unstacked(model), windows, prefix.layers, tail.layers, sections, strict=True)
+  for block, window, old, new, far in layered:
 
-    def attend(q, k, v, old=old, new=new, window=window):
+    def attend(q, k, v, old=old, new=new, far=far, window=window):
       layers.append(kv_cache.put(new, k, v, step))
-      return decode_attention(q, old, layers[-1], lengths, step, places, window=window)
+      return decode_attention(
+        q, old, layers[-1], lengths, step, places, far, slots, window=window)
 
     x = block(x, rotary[window], attend, gates=gates)
   return model.final_norm(x).reshape(*tokens.shape, -1), KVCache.of(layers)

@@ -117,6 +117,11 @@ class KVCache:
     cut = lambda x, axis: from_bits(jax.lax.slice_in_dim(x, 0, attend_len, axis=axis))
     return self._map(cut)
 
+  def section(self, rows: jax.Array, start: int, end: int) -> KVCache:
+    """The positions from `start` to `end` of slots int32 [n], as values to read."""
+    cut = lambda x, axis: from_bits(jax.lax.slice_in_dim(x, start, end, axis=axis)[rows])
+    return self._map(cut)
+
   def row(self, slot: jax.Array, attend_len: int) -> KVCache:
     """The first `attend_len` positions of one slot, as they are kept: a cache of one slot."""
 
