@@ -20,7 +20,7 @@ from absl import flags
 from data import errors, summary
 from data import workdir as workdir_lib
 from experiments import aot_table, experience_rows
-from experiments.bench import quantization
+from experiments.bench import lengths, quantization
 
 _ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -322,6 +322,8 @@ def evidence() -> str:
 
   if record := cost_model.load():
     section('The cost model against a measured step', cost_model.section(record))
+  if record := lengths.load():
+    section('Decoding slots of different lengths', lengths.section(record))
   if record := quantization.load():
     section('What a frozen base in 8 or 4 bits costs', quantization.section(record))
   return '\n\n'.join(parts)

@@ -76,7 +76,8 @@ def section(record: dict[str, Any]) -> str:
   measured = record['measured']
   lines = [
     f'{record["slots"]} slots, {record["layers"]} layers like those of SmolLM2-135M; milliseconds '
-    f'of a decode step, medians of {record["rounds"]} rounds.', '',
+    f'of a decode step, medians of {record["rounds"]} rounds. Slots of one length run the same '
+    'program both ways: their ratio is the noise.', '',
     '| lengths | all alike | long ones apart | ratio |', '|---|---|---|---|']
   lines += [
     f'| {r["name"]} | {r["plain_ms"]:.1f} | {r["split_ms"]:.1f} | {r["ratio"]:.2f} |'
