@@ -67,6 +67,11 @@ def measured(module: str, packages: Sequence[str] = _PACKAGES) -> dict[str, Any]
   }
 
 
+def origin(record: Mapping[str, Any]) -> str:
+  """The line under a table: where, when and by which command `measured` says it was made."""
+  return f'{record["machine"]}; {record["date"]}; `{record["command"]}`.'
+
+
 def wilson(successes: int, n: int, z: float = 1.959964) -> list[float]:
   """Returns the 95 % Wilson score interval of a proportion, as [low, high]; [0, 1] for n = 0."""
   if n == 0:

@@ -23,6 +23,12 @@ def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     raise
 
 
+def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
+  """What `write_json` wrote; None where there is no such file."""
+  path = pathlib.Path(path)
+  return json.loads(path.read_text()) if path.is_file() else None
+
+
 def check_workdir(
   workdir: str | os.PathLike, config: Mapping[str, Any], free_keys: Sequence[str] = ()
 ) -> None:

@@ -155,8 +155,7 @@ def section(record: Mapping[str, Any]) -> str:
   if lacking:
     parts.append(f'Not compiled yet: {", ".join(lacking)}.')
   parts.append(
-    f'{len(done)} of {len(cells())} cells; {measured["machine"]}; {measured["date"]}; '
-    f'`{measured["command"]}`.')
+    f'{len(done)} of {len(cells())} cells; {summary.origin(measured)}')
   return '\n\n'.join(parts)
 
 
@@ -220,11 +219,6 @@ def plot(done: Mapping[str, Any]) -> str:
           f'{"".join(parts)}</svg>\n')
 
 
-def load() -> dict[str, Any] | None:
-  """The committed record; None where there is none."""
-  return json.loads(PATH.read_text()) if PATH.is_file() else None
-
-
 def names(text: Sequence[str]) -> list[Cell]:
   """The cells of these names.
 
@@ -241,7 +235,8 @@ def main(_) -> None:
   workdir = pathlib.Path(flags.FLAGS.workdir)
   wanted = names([name for name in flags.FLAGS.only.split(',') if name])
   path_of = lambda cell: workdir / f'{cell.name}.json'
-  committed = {} if flags.FLAGS.fresh else (load() or {'cells': {}})['cells']
+  committed = {} if flags.FLAGS.fresh else (
+    workdir_lib.read_record(PATH) or {'cells': {}})['cells']
   missing = [cell for cell in wanted
              if cell.name not in committed and not path_of(cell).is_file()]
   if flags.FLAGS.list:

@@ -38,8 +38,7 @@ def path_of(name: str, method: str = 'hint_distillation') -> pathlib.Path:
 
 def load(name: str, method: str = 'hint_distillation') -> dict[str, Any] | None:
   """A committed result; None where there is none of that name."""
-  path = path_of(name, method)
-  return json.loads(path.read_text()) if path.is_file() else None
+  return workdir_lib.read_record(path_of(name, method))
 
 
 def file_run(
@@ -316,15 +315,15 @@ def evidence() -> str:
       section(f'Experience retrieval: {name.replace("_", " ")}',
               (f'{decoder_line(own)}\n\n' if (own := load(name, 'from_scratch')) else '')
               + experience_tables([load(name, _EXPERIENCE)]))
-  if record := aot_table.load():
+  if record := workdir_lib.read_record(aot_table.PATH):
     section('Qwen2.5 on TPU slices, compiled ahead of time', aot_table.section(record))
   from experiments.bench import cost_model  # Needs jax, which --help does not wait for.
 
-  if record := cost_model.load():
+  if record := workdir_lib.read_record(cost_model.PATH):
     section('The cost model against a measured step', cost_model.section(record))
-  if record := lengths.load():
+  if record := workdir_lib.read_record(lengths.PATH):
     section('Decoding slots of different lengths', lengths.section(record))
-  if record := quantization.load():
+  if record := workdir_lib.read_record(quantization.PATH):
     section('What a frozen base in 8 or 4 bits costs', quantization.section(record))
   return '\n\n'.join(parts)
 
@@ -347,7 +346,7 @@ def pages() -> dict[pathlib.Path, str]:
   if seeds:
     pages[_ROOT / 'README.md'] = insert(
       pages[_ROOT / 'README.md'], experience_tables(seeds, brief=True), 'experience')
-  record = aot_table.load()
+  record = workdir_lib.read_record(aot_table.PATH)
   if record and aot_table.points(record['cells']):
     pages[aot_table.PLOT] = aot_table.plot(record['cells'])
   return pages

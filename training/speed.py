@@ -1,4 +1,4 @@
-"""How long a run will take, said before it starts."""
+"""How long a run will take, said before it starts, and in what it multiplies."""
 
 import functools
 import json

@@ -7,7 +7,6 @@ and the step take turns, and everything is in seconds of CPU time: what other pr
 on neither side.
 """
 
-import json
 import pathlib
 import platform
 import time
@@ -125,12 +124,7 @@ def section(record: dict[str, Any]) -> str:
     f'{predicted["serial"]:.2f} | {ratio["serial"]:.2f} |\n'
     f'| products at {speed.STEP_EFFICIENCY:.0%} of their rate, what `train.py` predicts with | '
     f'{predicted["by_efficiency"]:.2f} | {ratio["by_efficiency"]:.2f} |\n\n'
-    f'{measured["machine"]}; {measured["date"]}; `{measured["command"]}`.')
-
-
-def load() -> dict[str, Any] | None:
-  """The committed record; None where there is none."""
-  return json.loads(PATH.read_text()) if PATH.is_file() else None
+    + summary.origin(measured))
 
 
 def main(_) -> None:

@@ -83,12 +83,7 @@ def section(record: dict[str, Any]) -> str:
     f'| {r["name"]} | {r["plain_ms"]:.1f} | {r["split_ms"]:.1f} | {r["ratio"]:.2f} |'
     for r in record['rows']]
   return '\n'.join(
-    [*lines, '', f'{measured["machine"]}; {measured["date"]}; `{measured["command"]}`.'])
-
-
-def load() -> dict[str, Any] | None:
-  """The committed record; None where there is none."""
-  return json.loads(PATH.read_text()) if PATH.is_file() else None
+    [*lines, '', summary.origin(measured)])
 
 
 def main(_) -> None:

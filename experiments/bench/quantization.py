@@ -145,12 +145,7 @@ def section(record: dict[str, Any]) -> str:
     f'{r["kernels"]:.4f} | {r["logits"]:.4f} | {r["kl"]:.5f} | {100 * r["top1"]:.1f} | '
     f'{r["loss"]:.3f} |' for r in record['rows']]
   return '\n'.join(
-    [*lines, '', f'{measured["machine"]}; {measured["date"]}; `{measured["command"]}`.'])
-
-
-def load() -> dict[str, Any] | None:
-  """The committed record; None where there is none."""
-  return json.loads(PATH.read_text()) if PATH.is_file() else None
+    [*lines, '', summary.origin(measured)])
 
 
 def main(_) -> None:

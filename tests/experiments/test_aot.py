@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from data import workdir
 from data.errors import UserError
 from experiments import aot, aot_programs, aot_table, results_table
 from experiments.aot_programs import Settings
@@ -187,7 +188,7 @@ def test_the_table_goes_on_where_it_was_and_shows_what_lacks(tmp_path, monkeypat
 
 
 def test_the_committed_plot_is_that_of_the_committed_cells():
-  record = aot_table.load()
+  record = workdir.read_record(aot_table.PATH)
   if record is None:
     pytest.skip('no cell is committed')
   assert (aot_table.PLOT in results_table.pages()) == bool(aot_table.points(record['cells']))
