@@ -39,7 +39,7 @@ def predict(config: Any, base: policy_lib.Base,
   """The parts of a run with their tokens and minutes on this machine.
 
   Args:
-    config: as configs/hint_distillation.py makes it.
+    config: as configs/hint_distillation.py makes it, its dtype settled.
     base: the model.
     rows: of the evaluation; a student that none of them names is not trained.
 
@@ -71,7 +71,7 @@ class Costs:
     """Times one product.
 
     Args:
-      config: has rank, alpha, row_len and dtype.
+      config: has rank, alpha, row_len and a settled dtype.
       base: the model.
     """
     self.parts: list[dict[str, Any]] = []

@@ -149,7 +149,7 @@ def test_the_expert_s_episodes_in_every_format(suite, tokenizer, agent):
     assert played.steps[-1].reply.splitlines()[2] == 'current location: outside'
 
 
-def test_the_configs_choose_it_by_name():
+def test_the_configs_choose_it_by_name(tmp_path):
   config = rollout_config.get_config('env=scienceworld,task_types=hard,slots=3,split=test')
   suite = rollout.make_suite(config)
   assert isinstance(suite, workers.WorkerSuite) and suite._limit == 3
@@ -157,7 +157,7 @@ def test_the_configs_choose_it_by_name():
   assert rollout.make_spec(config).max_env_steps == 0
   for setting in ('scienceworld_smollm2', 'scienceworld_paper'):
     chosen = experience_config.get_config(f'setting={setting}')
-    run = experience_retrieval.Experiment(chosen, None)
+    run = experience_retrieval.Experiment(chosen, tmp_path)
     made = [
       rollout.make_suite(rollout_config.make({
         'env': chosen.env, 'env_options': chosen.env_options, **run.tasks_of(kind)}))

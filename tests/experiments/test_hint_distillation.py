@@ -214,7 +214,7 @@ def test_the_budget_grows_with_what_is_asked_for(smollm2_path):
   from configs import hint_distillation as config_lib
   from experiments import budget, evaluation_rows
   base = policy.load_base('smollm2_135m', 'random', shrink=True)
-  config = config_lib.get_config('shrink=true,base=random')
+  config = config_lib.get_config('shrink=true,base=random,dtype=float32')
 
   def parts(evaluate, config=config):
     rows = evaluation_rows.parse(evaluate)
