@@ -180,6 +180,7 @@ class Lessons:
     """Describes them; nothing is played yet. `config` is as configs/from_scratch.py makes it."""
     self._config = config
     values = {key: config[key] for key in rollout_config.DEFAULTS if key in config}
+    values['env_options'] = ';'.join(filter(None, (config.env_options, config.lesson_options)))
     if config.env == 'household':
       values.update(skills='warm', env_seed=config.seed)
     else:
@@ -187,7 +188,6 @@ class Lessons:
       values.update(env_seed=config.seed + _OTHER_WORLD, agent='expert', expert_format=config.agent)
       # In this process: one simulator finds the paths and plays them.
       values['env_workers'] = 0
-      values['env_options'] = ';'.join(filter(None, (config.env_options, config.lesson_options)))
     self._rollout = rollout_config.make(values)
     self._spec = rollout.make_spec(self._rollout)
     self._games: dict[str, list] = {}
