@@ -428,7 +428,10 @@ def check(config) -> None:
   for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
     if config[name] < 1:
       raise errors.UserError(f'{name} must be at least 1.')
-  make_config(config, bpe.check_size(config.vocab_size))
+  settled = config.copy_and_resolve_references()
+  if settled.dtype == 'auto':
+    settled.dtype = 'float32'  # Whichever it will be: the architecture is the same.
+  make_config(settled, bpe.check_size(config.vocab_size))
   optimizer.make_schedule(config.schedule, config.learning_rate, 1, config.warmup_fraction)
 
 

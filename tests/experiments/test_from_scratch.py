@@ -61,6 +61,13 @@ def test_a_run_makes_a_folder_and_is_finished_then(finished, capsys):
     from_scratch.run(config_lib.get_config(TINY.replace('episodes=24', 'episodes=25')), workdir)
 
 
+@pytest.mark.parametrize('setting', list(config_lib.SETTINGS))
+def test_every_setting_is_good_as_it_stands(setting):
+  config = config_lib.get_config(f'setting={setting}')
+  from_scratch.check(config)
+  assert config.dtype in ('auto', 'float32')  # It is settled where the run begins, not here.
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch):
   workdir, record = finished
