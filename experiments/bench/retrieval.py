@@ -54,7 +54,7 @@ def opening_texts(count: int, split: str) -> list[str]:
   import envs
   suite = envs.get_suite(
     'household', data='generated', skills='loop', task_types=('make_state',), num_train=count,
-    num_eval=count, num_appliances=(5, 5), num_surfaces=(1, 2), num_things=(2, 3))
+    num_valid=count, num_appliances=(5, 5), num_surfaces=(1, 2), num_things=(2, 3))
   tasks = list(itertools.islice(suite.tasks(split), count))
   return [suite.make(task).reset() for task in tasks]
 
@@ -215,6 +215,7 @@ def measure_static(keys: np.ndarray, texts: list[str], episodes: int) -> dict[st
   """
   import rollout
   from retrieval import encoders, index
+  from training import speed
   encoder = encoders.load('minilm')
   built = index.VectorIndex.build(keys, min_recall=0.0)
   built.search(encoder.encode(['a text']), _STATIC_K)
@@ -227,11 +228,13 @@ def measure_static(keys: np.ndarray, texts: list[str], episodes: int) -> dict[st
     encode_s += between - start
     search_s += time.perf_counter() - between
   config = rollout_config.make({
-    'agent': 'plain', 'skills': 'loop', 'task_types': 'make_state', 'dtype': 'bfloat16',
+    'agent': 'plain', 'skills': 'loop', 'task_types': 'make_state',
     'env_options': 'num_appliances:5-5;num_surfaces:1-2;num_things:2-3', 'max_env_steps': 10,
     'max_calls': 14, 'max_new_tokens': 24, 'max_context': 640, 'episodes': episodes,
     'slots': episodes, 'split': 'valid_unseen'})
   with tempfile.TemporaryDirectory() as folder:
+    # The faster one: a slow episode would flatter the share.
+    config.dtype = speed.settle_dtype('auto', folder)
     rollout.run(config, pathlib.Path(folder))
     record = json.loads((pathlib.Path(folder) / 'summary.json').read_text())
   # Compiling is of the program and not of an episode.

@@ -58,6 +58,12 @@ def test_every_engine_finds_what_is_near(engine):
   assert '1,500' in line and f'{row["recall"]:.3f}' in line
 
 
+@pytest.mark.parametrize('split', ['train', 'valid_unseen'])
+def test_texts_are_openings_of_different_houses(split):
+  texts = retrieval.opening_texts(3, split)
+  assert len(set(texts)) == 3 and all('Your task is to' in text for text in texts)
+
+
 def test_sizes_without_meaning_are_one_sentence(tmp_path):
   done = subprocess.run(
     [sys.executable, '-m', 'experiments.bench.retrieval', '--sizes=1e3,many'],
