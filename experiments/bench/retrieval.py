@@ -56,7 +56,7 @@ def opening_texts(count: int, split: str) -> list[str]:
     'household', data='generated', skills='loop', task_types=('make_state',), num_train=count,
     num_valid=count, num_appliances=(5, 5), num_surfaces=(1, 2), num_things=(2, 3))
   tasks = list(itertools.islice(suite.tasks(split), count))
-  return [suite.make(task).reset() for task in tasks]
+  return [f'{suite.make(task).reset()}\n\n{task.instruction}' for task in tasks]
 
 
 def make_keys(vectors: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
