@@ -246,6 +246,17 @@ def measure_static(keys: np.ndarray, texts: list[str], episodes: int) -> dict[st
     'share': seconds / episode_s, 'limit': _STATIC_LIMIT}
 
 
+def _visited(row: Mapping[str, Any]) -> str:
+  return f'{row["leaves_searched"]:.0%}' if 'leaves_searched' in row else 'all'
+
+
+def _static_line(static: Mapping[str, Any]) -> str:
+  return (
+    f'static retrieval from {static["keys"]:,} experiences: {1e3 * static["encode_s"]:.1f} ms to '
+    f'embed, {1e3 * static["search_s"]:.1f} ms to search; {static["share"]:.2%} of an episode '
+    f'({static["episode_s"]:.2f} s, n = {static["episodes"]}); at most {static["limit"]:.0%}')
+
+
 def table(record: Mapping[str, Any]) -> str:
   """The record for a terminal."""
   lines = [
@@ -256,17 +267,34 @@ def table(record: Mapping[str, Any]) -> str:
     if 'error' in row:
       lines.append(f'{head} {row["error"]}')
       continue
-    visited = f'{row["leaves_searched"]:.0%}' if 'leaves_searched' in row else 'all'
     lines.append(
       f'{head} {row["build_s"]:>9.2f} {row["memory_bytes"] / 1e6:>10,.0f} '
       f'{row["single_per_s"]:>13,.0f} {row["batch_per_s"]:>10,.0f} {row["recall"]:>10.3f} '
-      f'{visited:>8}')
+      f'{_visited(row):>8}')
   if static := record.get('static'):
-    lines.append(
-      f'static retrieval from {static["keys"]:,} experiences: {1e3 * static["encode_s"]:.1f} ms to '
-      f'embed, {1e3 * static["search_s"]:.1f} ms to search; {static["share"]:.2%} of an episode '
-      f'({static["episode_s"]:.2f} s, n = {static["episodes"]}); at most {static["limit"]:.0%}')
+    lines.append(_static_line(static))
   return '\n'.join(lines)
+
+
+def section(record: Mapping[str, Any]) -> str:
+  """The record as Markdown."""
+  lines = [
+    f'Banks of N keys with 384 numbers, {record["queries"]} queries, the ten nearest. An '
+    'approximate engine visits the least of six shares of its leaves with which it finds '
+    f'{RECALL:.0%} of them.',
+    '', '| N | engine | build s | memory MB | queries/s one by one | in one batch | recall@10 | '
+    'visited |', '|---|---|---|---|---|---|---|---|']
+  for r in record['rows']:
+    head = f'| {r["keys"]:,} | {_NAMES[r["engine"]]} |'
+    if 'error' in r:
+      lines.append(f'{head} {r["error"]} | | | | | |')
+      continue
+    lines.append(
+      f'{head} {r["build_s"]:.2f} | {r["memory_bytes"] / 1e6:,.0f} | {r["single_per_s"]:,.0f} | '
+      f'{r["batch_per_s"]:,.0f} | {r["recall"]:.3f} | {_visited(r)} |')
+  if static := record.get('static'):
+    lines += ['', _static_line(static)]
+  return '\n'.join([*lines, '', summary.origin(record['measured'])])
 
 
 def run(sizes: list[int], engines: list[str], texts: int, episodes: int) -> dict[str, Any]:
