@@ -44,11 +44,11 @@ def test_value_and_gradient_equal_plain(width, packed):
   def value(function):
     return lambda *qkv: jnp.sum(weight * function(*qkv, segment_ids=segment_ids))
 
-  got = attention(q, k, v, segment_ids=segment_ids)
+  got = jax.jit(attention)(q, k, v, segment_ids=segment_ids)
   np.testing.assert_allclose(got, plain(q, k, v, segment_ids), atol=1e-5)
   for ours, theirs in zip(
-    jax.grad(value(attention), (0, 1, 2))(q, k, v),
-    jax.grad(value(plain), (0, 1, 2))(q, k, v),
+    jax.jit(jax.grad(value(attention), (0, 1, 2)))(q, k, v),
+    jax.jit(jax.grad(value(plain), (0, 1, 2)))(q, k, v),
     strict=True,
   ):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -85,9 +85,10 @@ def test_memory_of_long_rows_is_linear_in_their_length():
 def test_nothing_leaks_between_segments():
   q, k, v = draw(1, 200)
   segment_ids = jnp.asarray(np.repeat([1, 2, 0], [70, 100, 30])[None])
-  before = attention(q, k, v, segment_ids=segment_ids)
+  attend = jax.jit(attention)
+  before = attend(q, k, v, segment_ids=segment_ids)
   k, v = (x.at[:, :70].set(100.0).at[:, 170:].set(-100.0) for x in (k, v))
-  after = attention(q, k, v, segment_ids=segment_ids)
+  after = attend(q, k, v, segment_ids=segment_ids)
   np.testing.assert_array_equal(before[:, 70:170], after[:, 70:170])
   assert np.isfinite(after).all()
 
@@ -100,8 +101,9 @@ def test_blocks_before_a_segment_are_not_read():
   weight = jax.random.normal(jax.random.key(9), q.shape)
   attend = functools.partial(attention, segment_ids=segment_ids)
   loss = lambda *qkv: jnp.sum((weight * attend(*qkv))[0, 256:])
-  want = jax.grad(loss, (0, 1, 2))(q, k, v)
-  got = jax.grad(loss, (0, 1, 2))(q, k, v.at[0, :256].set(jnp.nan))
+  gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+  want = gradient(q, k, v)
+  got = gradient(q, k, v.at[0, :256].set(jnp.nan))
   for ours, theirs in zip(got, want, strict=True):
     np.testing.assert_array_equal(ours[0, 256:], theirs[0, 256:])
 
@@ -124,7 +126,7 @@ def test_rows_on_a_mesh_equal_plain():
   segment_ids = jnp.asarray(np.arange(300) // np.array([[40], [130], [170], [300]]))
   mesh = sharding.make_mesh(2, 2, 1)
   loss = lambda function: lambda *qkv: jnp.sum(jnp.sin(function(*qkv, segment_ids=segment_ids)))
-  want = jax.value_and_grad(loss(plain), (0, 1, 2))(q, k, v)
+  want = jax.jit(jax.value_and_grad(loss(plain), (0, 1, 2)))(q, k, v)
   with jax.set_mesh(mesh):
     place = sharding.batch_sharding(mesh)
     got = jax.jit(jax.value_and_grad(loss(attention), (0, 1, 2)))(*jax.device_put((q, k, v), place))
@@ -134,7 +136,7 @@ def test_rows_on_a_mesh_equal_plain():
 
 def test_bfloat16_operands_float32_result():
   q, k, v = draw(1, 150)
-  got = attention(q, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+  got = jax.jit(attention)(q, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, plain(q, k, v), atol=0.03)
 
@@ -144,7 +146,7 @@ def test_cached_rows_of_different_lengths():
   want = plain(q, k, v)
   lengths = jnp.asarray([0, 17, 36])
   new = jnp.stack([jax.lax.dynamic_slice_in_dim(q[b], lengths[b], 4) for b in range(3)])
-  got = cached_attention(new, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), lengths)
+  got = jax.jit(cached_attention)(new, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), lengths)
   for b in range(3):
     np.testing.assert_allclose(got[b], want[b, lengths[b] : lengths[b] + 4], atol=1e-5)
 
@@ -159,13 +161,14 @@ def test_a_sliding_window_equals_plain(width, window):
     return lambda *qkv: jnp.sum(
       weight * function(*qkv, segment_ids=segment_ids, window=window, **options))
 
-  want, want_grad = jax.value_and_grad(loss(plain), (0, 1, 2))(q, k, v)
+  want, want_grad = jax.jit(jax.value_and_grad(loss(plain), (0, 1, 2)))(q, k, v)
   for options in ({}, {'is_local': jnp.bool_(True)}):
     got, grad = jax.jit(jax.value_and_grad(loss(attention, **options), (0, 1, 2)))(q, k, v)
     np.testing.assert_allclose(got, want, rtol=1e-4)
     for ours, theirs in zip(grad, want_grad, strict=True):
       np.testing.assert_allclose(ours, theirs, atol=1e-4)
-  got = attention(q, k, v, segment_ids=segment_ids, window=window, is_local=jnp.bool_(False))
+  attend = jax.jit(functools.partial(attention, window=window))
+  got = attend(q, k, v, segment_ids=segment_ids, is_local=jnp.bool_(False))
   np.testing.assert_allclose(got, plain(q, k, v, segment_ids), atol=1e-5)
 
 
@@ -176,14 +179,15 @@ def test_a_sliding_window_over_a_cache_equals_plain(window):
   keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
   lengths = jnp.asarray([0, 17, 36])
   new = jnp.stack([jax.lax.dynamic_slice_in_dim(q[b], lengths[b], 4) for b in range(3)])
-  got = cached_attention(new, keys, values, lengths, window=window)
+  got = jax.jit(functools.partial(cached_attention, window=window))(new, keys, values, lengths)
   for b in range(3):
     np.testing.assert_allclose(got[b], want[b, lengths[b] : lengths[b] + 4], atol=1e-5)
   # A prefix of 30, then a tail: the token at index 30 + step.
   lengths = jnp.full(3, 30)
   prefix, tail = (keys[..., :30], values[:, :, :30]), (keys[..., 30:], values[:, :, 30:])
+  attend = jax.jit(functools.partial(decode_attention, window=window))
   for step in (0, 7):
-    got = decode_attention(q[:, 30 + step][:, None], prefix, tail, lengths, step, window=window)
+    got = attend(q[:, 30 + step][:, None], prefix, tail, lengths, step)
     np.testing.assert_allclose(got[:, 0], want[:, 30 + step], atol=1e-5)
   # Three tokens at once, behind columns with holes: drafts that were rejected.
   columns = jnp.asarray([0, 3, 4, 9, 10, 11])
