@@ -131,7 +131,8 @@ class Block(nnx.Module):
     def feed_forward(x):
       y = self.mlp_norm(x)
       adapter_y = drop(y, 2)
-      y = gated(*project((self.mlp.gate, self.mlp.up), y, adapter_y, gates), self.activation)
+      gate, up = project((self.mlp.gate, self.mlp.up), y, adapter_y, gates)
+      y = gated(gate, up, self.activation, self.mlp.down.dtype)
       y = self.mlp.down(y, drop(y, 3), gates)
       return self.mlp_post_norm(y) if self.post_norms else y
 
@@ -330,10 +331,11 @@ def merge_lora(model: Model) -> Model:
 
 def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:
   table, config = model.embed.embedding.get_value(), model.config
-  x = from_bits(to_bits(table)[tokens]).astype(jnp.float32)
+  rows = from_bits(to_bits(table)[tokens])
+  x = rows.astype(jnp.float32)
   if config.scale_embeddings:
     # Rounded to the dtype of the weights, as the models were trained.
-    x *= jnp.sqrt(jnp.float32(config.embed_dim)).astype(table.dtype).astype(jnp.float32)
+    x *= jnp.sqrt(jnp.float32(config.embed_dim)).astype(rows.dtype).astype(jnp.float32)
   return sharding.constrain(x, ('batch', None, None))
 
 

@@ -254,21 +254,45 @@ def project(
 
 
 # Elementwise work is cheaper done again in the backward pass than kept: a norm keeps its input, the
-# gate keeps its two.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@functools.partial(_recomputed, static_argnums=2)
+# gate its two.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
 
 
-@functools.partial(_recomputed, static_argnums=2)
-def gated(gate: jax.Array, up: jax.Array, activation: str = 'silu') -> jax.Array:
-  """silu(gate) * up (SwiGLU, arXiv 2002.05202), or with GELU's tanh form ('gelu_tanh')."""
+def _gate(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
   if activation == 'gelu_tanh':
     return jax.nn.gelu(gate, approximate=True) * up
   return jax.nn.silu(gate) * up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def gated(gate: jax.Array, up: jax.Array, activation: str, dtype: str) -> jax.Array:
+  """silu(gate) * up (SwiGLU, arXiv 2002.05202), or with GELU's tanh form ('gelu_tanh').
+
+  Args:
+    gate: float32 [..., F].
+    up: float32 [..., F].
+    activation: 'silu' or 'gelu_tanh'.
+    dtype: in which the two are kept for the backward pass: that of the products' operands.
+
+  Returns:
+    float32 [..., F].
+  """
+  return _gate(gate, up, activation)
+
+
+def _gated_fwd(gate, up, activation, dtype):
+  return _gate(gate, up, activation), (to_bits(gate.astype(dtype)), to_bits(up.astype(dtype)))
+
+
+def _gated_bwd(activation, dtype, residuals, grad):
+  del dtype
+  gate, up = (from_bits(x).astype(jnp.float32) for x in residuals)
+  return jax.vjp(functools.partial(_gate, activation=activation), gate, up)[1](grad)
+
+
+gated.defvjp(_gated_fwd, _gated_bwd)
 
 
 class RMSNorm(nnx.Module):

@@ -68,9 +68,9 @@ def activation_bytes(
 ) -> int:
   """What the blocks keep of `places` tokens for the backward pass.
 
-  The residual stream, the gate's two inputs and the softmax's sums are float32, the rest has the
-  dtype of the products. A frozen kernel's product keeps nothing, its adapter's the input; attention
-  keeps its output a second time.
+  The residual stream and the softmax's sums are float32, the rest has the dtype of the products. A
+  frozen kernel's product keeps nothing, its adapter's the input; attention keeps its output a
+  second time.
   """
   heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
   width = 2 if config.dtype == 'bfloat16' else 4
@@ -80,7 +80,7 @@ def activation_bytes(
   attention = (
     width * (config.embed_dim + 4 * rank),
     width * (3 * heads + 2 * kv_heads) + 4 * config.num_heads)
-  feed_forward = width * (config.embed_dim + 3 * rank), (2 * 4 + width) * config.mlp_dim
+  feed_forward = width * (config.embed_dim + 3 * rank), 3 * width * config.mlp_dim
   whole, split = block_input, 0
   if remat in ('none', 'mlp'):
     whole, split = whole + attention[0] + 4 * config.embed_dim, split + attention[1]

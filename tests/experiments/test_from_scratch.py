@@ -112,16 +112,24 @@ def test_transformers_opens_the_folder_with_equal_logits(finished):
   assert np.abs(got - want).max() < 1e-4
 
 
-def test_random_weights_are_small(finished):
+def test_random_weights_keep_tokens_apart(finished):
   config = dataclasses.replace(
     weights.load_pretrained(finished[0] / 'small_decoder')[0], frozen=False)
   model = from_scratch.initial_model(config, 0, None)
-  for name, value in decoder.to_params(model.lora).items():
-    if value.ndim == 3 or name == 'embed.embedding':
-      want = 0.01 if name.endswith(('.o.kernel', '.down.kernel')) else 0.02
+  params = decoder.to_params(model.lora)
+  for name, value in params.items():
+    if value.ndim == 3:
+      want = value.shape[1] ** -0.5
+      if name.endswith(('.o.kernel', '.down.kernel')):
+        want /= (2 * config.num_layers) ** 0.5
       assert abs(float(value.std()) / want - 1) < 0.1, name
-    else:
+    elif name not in ('embed.embedding', 'final_norm.scale'):
       assert (value == 1).all(), name
+  table = params['embed.embedding']
+  assert abs(float(table.std()) - 1) < 1e-3
+  tokens = np.arange(60, dtype=np.int32)[None]
+  hidden = decoder.forward(model.graphdef, model.lora, model.frozen, tokens, tokens)
+  assert 0.5 < float((hidden @ table.T).std()) < 2
 
 
 def test_every_parameter_gets_torch_s_gradient(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 
 from data.errors import UserError
-from models import decoder, registry, sharding
+from models import decoder, layers, registry, sharding
 from models.kv_cache import KVCache
 from models.lora import LoraConfig
 
@@ -174,8 +175,8 @@ def test_windowed_layers_see_their_window_only():
   assert config.windows == (5, 0)
   tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
   other = np.concatenate([(tokens[:, :20] + 1) % 256, tokens[:, 20:]], axis=1)
-  for layers, reach in ((1, 24), (2, 40)):
-    model = decoder.create(dataclasses.replace(config, num_layers=layers))
+  for num_layers, reach in ((1, 24), (2, 40)):
+    model = decoder.create(dataclasses.replace(config, num_layers=num_layers))
     same = np.isclose(run(model, tokens), run(model, other), atol=1e-6).all(axis=(0, 2))
     assert not same[:24].any()
     assert same[24:].all() == (reach == 24)
@@ -361,3 +362,20 @@ def test_params_round_trip_and_bad_params():
     decoder.from_params(config, params | {'final_norm.scale': np.zeros(3)})
   with pytest.raises(UserError, match='mamba'):
     dataclasses.replace(config, family='mamba')
+
+
+@pytest.mark.parametrize('activation', ['silu', 'gelu_tanh'])
+def test_the_gates_gradient_is_that_of_what_it_keeps(activation):
+  gate, up, grad = jax.random.normal(jax.random.key(0), (3, 64, 32))
+  plain = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
+
+  def want(gate, up):
+    return jax.vjp(lambda gate, up: plain[activation](gate) * up, gate, up)[1](grad)
+
+  for dtype in ('float32', 'bfloat16'):
+    value, pullback = jax.vjp(
+      lambda gate, up, dtype=dtype: layers.gated(gate, up, activation, dtype), gate, up)
+    np.testing.assert_allclose(value, plain[activation](gate) * up, rtol=1e-6, atol=1e-6)
+    kept = (x.astype(dtype).astype(jnp.float32) for x in (gate, up))
+    for got, expected in zip(pullback(grad), want(*kept), strict=True):
+      np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
