@@ -15,7 +15,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m experiments.hint_distillation --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
 
 demo-experience: $(VENV)/.runtime
-	$(BIN)/python -m experiments.experience_retrieval --config=configs/experience_retrieval.py:model=smollm2_135m --workdir=runs/demo-experience
+	$(BIN)/python -m experiments.experience_retrieval --config=configs/experience_retrieval.py:setting=small_demo --workdir=runs/demo-experience
 
 test: setup
 	$(BIN)/python -m pytest -q tests -m 'not slow' $(PYTEST_ARGS)

@@ -63,6 +63,9 @@ DEFAULTS = dict(
   profile_steps='',  # first,last: a trace of these steps for XProf, in profile/
 )
 
+# What `experiments.evidence --run=small_decoder` trains and the repository holds.
+PUBLISHED = 'experiments/small_decoder'
+
 # ScienceWorld's easy tasks whose gold paths take 6 to 12 steps and 500 tokens.
 SHORT_EASY_TYPES = (
   'find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,'

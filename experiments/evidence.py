@@ -11,6 +11,7 @@ experiments/results/METHOD_NAME.json and not played again.
 import dataclasses
 import os
 import pathlib
+import shutil
 
 from absl import flags
 
@@ -21,6 +22,7 @@ from configs import hint_distillation as hint_config
 from data import errors
 from experiments import experience_retrieval, from_scratch, hint_distillation, results_table
 
+_ROOT = pathlib.Path(__file__).parents[1]
 _MAIN = 'base,base+hints,sft,distilled'
 _CONTROLS = f'{_MAIN},sft+hints,distilled+hints,base+random,base+fixed'
 _SIZES = f'{_CONTROLS},base+hints@1,base+hints@6,base+hints@9,base+self-hints'
@@ -28,24 +30,11 @@ _SIZES = f'{_CONTROLS},base+hints@1,base+hints@6,base+hints@9,base+self-hints'
 _FORMAT = 'train_games=90,eval_games=60,epochs=3,evaluate=base,base+hints,distilled'
 _CONTEXT = 'agent=react,max_context=1152'
 _REACT = f'{_CONTEXT},max_calls=28'
-# ReAct's thoughts say which state is wanted just before they say what makes it: a decoder of four
-# layers learns to look a rule up from there, and not from a goal that stands elsewhere.
-_SMALL = (
-  f'model={{workdir}}/scratch/{from_scratch.MODEL_FOLDER},{_CONTEXT},max_new_tokens=40,'
-  'row_len=1152')
-# Its lessons are as the experts of the tables play: where nothing tells a rule they try the
-# appliances in the order of the room.
+# Its lessons leave room to try all five appliances in the order of the room: what it learns to do
+# where neither hint nor experience helps.
 _DECODER = (
-  f'{_CONTEXT},max_calls=44,max_env_steps=16,lesson_options=expert_in_order:true,'
+  f'{_CONTEXT},max_env_steps=16,max_calls=44,lesson_options=expert_in_order:true,'
   'max_new_tokens=40,row_len=1152,loss_on=all,episodes=7000,drills=22000,learning_rate=3e-3')
-# Trains ten times as fast as SmolLM2 on CPUs, for the tens of trainings that the tables take. Where
-# the memory shows no way its expert finds one, label by label in the order of the room, so that
-# retrieval dropout teaches what to do without a memory; that takes 16 steps.
-_EXPERIENCE = dict(
-  experience_format='summary', batch_rows=2, rank=32, alpha=64, learning_rate=2e-3, epochs=9,
-  max_env_steps=16, max_calls=44, expert_knows='shown', dropout_memory=0.6,
-  dropout_mismatched=0.2,
-  env_options=f'{experience_config.DEFAULTS["env_options"]};expert_in_order:true')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,32 +45,26 @@ class Experiment:
     question: what it is about.
     config: argument of the method's config file; {workdir} stands for the evidence's folder.
     after: experiments whose folders it reads.
-    method: 'hint_distillation' or 'experience_retrieval'.
-    decoder: argument of configs/from_scratch.py for a decoder that is trained first.
+    method: 'hint_distillation', 'experience_retrieval' or 'from_scratch'.
   """
 
   question: str
   config: str
   after: tuple[str, ...] = ()
   method: str = 'hint_distillation'
-  decoder: str = ''
 
   def read_config(self, workdir: pathlib.Path):
     """Its config, checked."""
-    chosen = experience_config if self.method == 'experience_retrieval' else hint_config
-    config = chosen.get_config(self.config.format(workdir=workdir))
+    configs, program = _METHODS[self.method]
+    config = configs.get_config(self.config.format(workdir=workdir))
     config.data = os.path.expandvars(config.data)
-    program = (
-      experience_retrieval if self.method == 'experience_retrieval' else hint_distillation)
     program.check(config)
     return config
 
 
 def _experience(question: str, **changes) -> Experiment:
-  values = ','.join(f'{key}={value}' for key, value in {**_EXPERIENCE, **changes}.items())
-  return Experiment(
-    question, f'setting=houses,{_SMALL},{values}', method='experience_retrieval',
-    decoder=_DECODER)
+  values = ','.join(f'{key}={value}' for key, value in changes.items())
+  return Experiment(question, f'setting=small,{values}', method='experience_retrieval')
 
 
 def _ablation(question: str, policies: str = 'exprag_lora,exprag_lora+matched', **changes):
@@ -92,6 +75,13 @@ def _ablation(question: str, policies: str = 'exprag_lora,exprag_lora+matched', 
 def _recipe(question: str, **changes):
   return _ablation(question, 'lora,exprag_lora,exprag_lora+matched', **changes)
 
+
+# Of each method its configs, and what checks one.
+_METHODS = {
+  'hint_distillation': (hint_config, hint_distillation),
+  'experience_retrieval': (experience_config, experience_retrieval),
+  'from_scratch': (scratch_config, from_scratch),
+}
 
 EXPERIMENTS = {
   'seed0': Experiment(
@@ -110,10 +100,13 @@ EXPERIMENTS = {
     'ReAct', f'{_REACT},max_new_tokens=0,row_len=1024,{_FORMAT}'),
   'stateact': Experiment(
     'StateAct', 'agent=stateact,max_new_tokens=0,max_context=1664,row_len=1536,' + _FORMAT),
+  'small_decoder': Experiment(
+    f'a decoder of 1.8 million parameters from random weights: {scratch_config.PUBLISHED}',
+    _DECODER, method='from_scratch'),
   'small': Experiment(
-    'a second size: a decoder of 1.8 million parameters, trained from random weights',
-    f'setting=demo,{_SMALL},max_calls=28,warm_episodes=0,sft_examples=matched,evaluate={_CONTROLS}',
-    decoder=_DECODER),
+    'a second size: hint distillation of that decoder',
+    f'setting=demo,model={scratch_config.PUBLISHED},{_REACT},max_new_tokens=40,row_len=1152,'
+    f'warm_episodes=0,sft_examples=matched,evaluate={_CONTROLS}'),
   'alfworld': Experiment(
     "ALFWorld's own games: 60 of valid_seen, official rules, 50 steps",
     'setting=alfworld,evaluate=' + _MAIN),
@@ -145,19 +138,33 @@ def run(name: str, workdir: pathlib.Path, machine: str) -> None:
         f'{name} goes on from {other}, which {workdir} does not hold finished; run {other} first.')
   config = experiment.read_config(workdir)
   print(f'== {name}: {experiment.question}', flush=True)
-  if experiment.decoder:
-    from_scratch.run(scratch_config.get_config(experiment.decoder), workdir / 'scratch')
-    # The same one for every experiment that has one.
-    print(results_table.file_run(
-      workdir / 'scratch', 'small', machine=machine, method='from_scratch',
-      command='python -m experiments.evidence --run=small'))
+  folder = workdir / name
   if experiment.method == 'experience_retrieval':
-    experience_retrieval.Experiment(config, workdir / name).run()
+    experience_retrieval.Experiment(config, folder).run()
+  elif experiment.method == 'from_scratch':
+    from_scratch.run(config, folder)
+    publish(folder / from_scratch.MODEL_FOLDER)
   else:
-    hint_distillation.Loop(config, workdir / name).run()
+    hint_distillation.Loop(config, folder).run()
   print(results_table.file_run(
-    workdir / name, name.removeprefix('experience_'), machine=machine,
+    folder, name.removeprefix('experience_'), machine=machine, method=experiment.method,
     command=f'python -m experiments.evidence --run={name}'))
+
+
+def publish(source: pathlib.Path, folder: pathlib.Path | None = None) -> None:
+  """Puts a small decoder where the other experiments find it, its weights in bfloat16.
+
+  Args:
+    source: a Hugging Face folder with its tokenizer.
+    folder: None is that of the repository.
+  """
+  from models import weights
+
+  folder = folder or _ROOT / scratch_config.PUBLISHED
+  config, params = weights.load_pretrained(source, 'float32')
+  weights.export_pretrained(folder, config, params, dtype='bfloat16')
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    shutil.copyfile(source / name, folder / name)
 
 
 def main(_) -> None:

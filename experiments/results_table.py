@@ -20,7 +20,7 @@ from absl import flags
 from data import errors, summary
 from data import workdir as workdir_lib
 from experiments import aot_table, experience_rows
-from experiments.bench import lengths, quantization, retrieval
+from experiments.bench import kv_cache, lengths, quantization, retrieval
 
 _ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -304,7 +304,8 @@ def evidence() -> str:
   for name, title in titles.items():
     record = load(name)
     if record:
-      own = load(name, 'from_scratch')
+      # A run that trains its own decoder files it under its own name.
+      own = load('small_decoder' if name == 'small' else name, 'from_scratch')
       section(title, (f'{decoder_line(own)}\n\n' if own else '') + single(record))
   seeds = _experience_seeds()
   if seeds:
@@ -323,6 +324,8 @@ def evidence() -> str:
     section('The cost model against a measured step', cost_model.section(record))
   if record := workdir_lib.read_record(lengths.PATH):
     section('Decoding slots of different lengths', lengths.section(record))
+  if record := workdir_lib.read_record(kv_cache.PATH):
+    section('Keys and values in fewer bits', kv_cache.section(record))
   if record := workdir_lib.read_record(retrieval.OUT):
     section('Looking up experiences', retrieval.section(record))
   if record := workdir_lib.read_record(quantization.PATH):

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs import experience_retrieval as experience_config
@@ -32,6 +33,8 @@ def test_every_experiment_has_a_config_that_is_right(name, tmp_path, monkeypatch
       (tmp_path / other / stage).mkdir(parents=True)
       (tmp_path / other / stage / 'done.json').write_text('{}')
   config = experiment.read_config(tmp_path)
+  if experiment.method == 'from_scratch':
+    return
   rows = experience_rows if experiment.method == 'experience_retrieval' else evaluation_rows
   assert {'distilled', 'exprag_lora'} & {row.policy for row in rows.parse(config.evaluate)}
 
@@ -77,21 +80,41 @@ def test_a_finished_experiment_is_filed_and_what_it_needs_is_named(tmp_path, mon
   assert filed['measured']['command'] == 'python -m experiments.evidence --run=seed1'
 
 
-def test_a_decoder_of_its_own_is_trained_first_and_learns_as_the_loop_plays(tmp_path, monkeypatch):
-  experiment, done, filed = evidence.EXPERIMENTS['small'], [], []
-  monkeypatch.setattr(results_table, 'file_run', lambda folder, name, **options: filed.append(
-    (folder.name, name, options.get('method'))))
-  monkeypatch.setattr(from_scratch, 'run', lambda *args: done.append(args))
-  loop = type('Loop', (), {
-    '__init__': lambda self, config, _: done.append(config), 'run': lambda self: None})
-  monkeypatch.setattr(hint_distillation, 'Loop', loop)
-  evidence.run('small', tmp_path, 'a machine')
-  (lessons, folder), config = done
-  assert lessons == scratch_config.get_config(experiment.decoder)
-  assert filed == [('scratch', 'small', 'from_scratch'), ('small', 'small', None)]
-  assert config.model == str(folder / from_scratch.MODEL_FOLDER) and not config.warm_episodes
-  assert {key: config[key] for key in scratch_config._OF_THE_LOOP} == {
-    key: lessons[key] for key in scratch_config._OF_THE_LOOP}
+def test_the_small_decoder_learns_as_the_loop_plays():
+  lessons = evidence.EXPERIMENTS['small_decoder'].read_config(_ROOT)
+  for name in ('small', 'experience_seed0'):
+    config = evidence.EXPERIMENTS[name].read_config(_ROOT)
+    assert config.model == scratch_config.PUBLISHED and not config.get('warm_episodes', 0)
+    for key in ('agent', 'prompt', 'max_new_tokens', 'max_context'):
+      assert config[key] == lessons[key], (name, key)
+
+
+def test_a_trained_decoder_is_published_and_filed(tmp_path, monkeypatch):
+  monkeypatch.setattr(results_table, 'RESULTS', tmp_path / 'results')
+  published = []
+  monkeypatch.setattr(evidence, 'publish', published.append)
+
+  def run(config, folder):
+    folder.mkdir()
+    (folder / 'summary.json').write_text('{}')
+
+  monkeypatch.setattr(from_scratch, 'run', run)
+  evidence.run('small_decoder', tmp_path, 'a machine')
+  assert published == [tmp_path / 'small_decoder' / from_scratch.MODEL_FOLDER]
+  assert (tmp_path / 'results' / 'from_scratch_small_decoder.json').is_file()
+
+
+def test_the_published_decoder_is_the_trained_one_in_bfloat16(tmp_path):
+  from models import weights
+  source = _ROOT / scratch_config.PUBLISHED
+  evidence.publish(source, tmp_path / 'again')
+  config, params = weights.load_pretrained(tmp_path / 'again', 'float32')
+  _, before = weights.load_pretrained(source, 'float32')
+  assert config.num_layers == 4 and params.keys() == before.keys()
+  assert all(np.array_equal(params[name], before[name]) for name in params)
+  sizes = [path.stat().st_size for path in (tmp_path / 'again').iterdir()]
+  assert sum(sizes) < 4.5e6  # It lies in the repository.
+  assert (tmp_path / 'again' / 'tokenizer.json').is_file()
 
 
 def test_a_wrong_name_is_one_sentence(tmp_path):
