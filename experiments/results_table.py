@@ -304,8 +304,7 @@ def evidence() -> str:
   for name, title in titles.items():
     record = load(name)
     if record:
-      # A run that trains its own decoder files it under its own name.
-      own = load('small_decoder' if name == 'small' else name, 'from_scratch')
+      own = load(name, 'from_scratch')
       section(title, (f'{decoder_line(own)}\n\n' if own else '') + single(record))
   seeds = _experience_seeds()
   if seeds:

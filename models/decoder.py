@@ -331,11 +331,10 @@ def merge_lora(model: Model) -> Model:
 
 def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:
   table, config = model.embed.embedding.get_value(), model.config
-  rows = from_bits(to_bits(table)[tokens])
-  x = rows.astype(jnp.float32)
+  x = from_bits(to_bits(table)[tokens]).astype(jnp.float32)
   if config.scale_embeddings:
     # Rounded to the dtype of the weights, as the models were trained.
-    x *= jnp.sqrt(jnp.float32(config.embed_dim)).astype(rows.dtype).astype(jnp.float32)
+    x *= jnp.sqrt(jnp.float32(config.embed_dim)).astype(table.dtype).astype(jnp.float32)
   return sharding.constrain(x, ('batch', None, None))
 
 

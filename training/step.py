@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models import decoder, platform, sharding
+from models import decoder, sharding
 from training import losses
 
 
@@ -96,24 +95,6 @@ def init_state(
   opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(model.lora)
   step = jax.device_put(jnp.int32(0), shardings.step)
   return TrainState(model.lora, opt_state, step), shardings
-
-
-def as_bits(frozen: nnx.State) -> nnx.State:
-  """Frozen parameters as a step reads them on CPU: bfloat16 as `layers.to_bits`, where they lie.
-
-  Inside the step the same conversion writes all of them anew, each time: 2 % of a step of
-  SmolLM2-135M on two cores. Elsewhere than on CPU they stay as they are.
-  """
-
-  def one(value: jax.Array) -> jax.Array:
-    if value.dtype != jnp.bfloat16 or platform.name() != 'cpu':
-      return value
-    shards = [
-      jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device, may_alias=True)
-      for shard in value.addressable_shards]
-    return jax.make_array_from_single_device_arrays(value.shape, value.sharding, shards)
-
-  return jax.tree.map(one, frozen)
 
 
 def batch_shardings(mesh) -> NamedSharding:

@@ -121,40 +121,6 @@ def test_a_leak_between_examples_would_be_seen(model, monkeypatch, path):
   assert abs(packed - unpacked) > 1e-3 * unpacked  # a hundred times what the test above allows
 
 
-@pytest.mark.parametrize('name', ['qwen25_7b', 'gemma3_4b'])
-@pytest.mark.parametrize('smoothing', [0.0, 0.1])
-def test_bits_of_frozen_parameters_are_the_parameters(name, smoothing):
-  config = registry.shrink(registry.get_config(name, dtype='bfloat16'), vocab_size=96, num_layers=2)
-  model = decoder.create(config, LoraConfig(4, 8), seed=0)
-  bits = step_lib.as_bits(model.frozen)
-  pairs = list(zip(jax.tree.leaves(model.frozen), jax.tree.leaves(bits), strict=True))
-  changed = [(x, y) for x, y in pairs if x.dtype == jnp.bfloat16]
-  assert len(changed) > 5
-  for x, y in changed:
-    assert y.dtype == jnp.uint16
-    # No copy: a model in memory once stays there once.
-    assert y.unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
-  assert all(x is y for x, y in pairs if x.dtype != jnp.bfloat16)
-  rows = packing.pack(make_examples(), 28)
-  micro = jax.tree.map(
-    lambda x: x[0], packing.Batches(rows, batch_rows=rows.num_rows)[0])
-  found = [
-    jax.jit(jax.value_and_grad(lambda lora, frozen: step_lib.batch_loss(
-      model.graphdef, lora, frozen, micro, label_smoothing=smoothing)[0]))(model.lora, frozen)
-    for frozen in (model.frozen, bits)]
-  jax.tree.map(np.testing.assert_array_equal, *found)
-
-
-def test_bits_of_split_parameters_lie_where_they_did(model):
-  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
-  halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.frozen)
-  placed = jax.device_put(halves, sharding.state_shardings(halves, mesh))
-  bits = step_lib.as_bits(placed)
-  for x, y in zip(jax.tree.leaves(placed), jax.tree.leaves(bits), strict=True):
-    assert y.sharding == x.sharding and y.shape == x.shape
-    np.testing.assert_array_equal(np.asarray(y), np.asarray(x).view(np.uint16))
-
-
 def test_loss_equals_dense_logits(model):
   rows = packing.pack(make_examples(), 28)
   hidden = decoder.forward(
