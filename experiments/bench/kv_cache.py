@@ -25,6 +25,9 @@ from data import workdir as workdir_lib
 PATH = pathlib.Path(__file__).parents[1] / 'results' / 'kv_cache.json'
 DTYPES = ('float32', 'bfloat16', 'int8')
 _BLOCK = 64
+_OF_THE_SETTING = (
+  'model', 'env', 'data', 'env_options', 'agent', 'prompt', 'max_env_steps', 'max_calls',
+  'max_new_tokens', 'max_context', 'slots', 'decode_steps')
 
 
 def measure_logits(model: str, episodes: int) -> dict[str, Any]:
@@ -97,12 +100,12 @@ def measure_games(games: int, folder: pathlib.Path) -> dict[str, Any]:
   """
   import rollout
 
-  # Its houses, prompts and limits; skills whose words it never saw.
+  # Its houses and limits, and the layout of its lessons; skills whose words it never saw.
   chosen = experience_config.get_config('setting=small')
-  values = {key: chosen[key] for key in rollout_config.DEFAULTS if key in chosen}
+  values = {key: chosen[key] for key in _OF_THE_SETTING}
   values.update(
     dtype='float32', skills=chosen.hard_skills, task_types=chosen.hard_types, memory='none',
-    experiences='', episodes=games, split=chosen.eval_split)
+    episodes=games, split=chosen.eval_split)
   rows, reference = [], None
   for dtype in DTYPES:
     config = rollout_config.make({**values, 'cache_dtype': dtype})
