@@ -343,9 +343,9 @@ def initial_model(architecture, seed: int, mesh):
   of the number of additions, as GPT-2 does it. The final norm begins at one over the root of the
   width, so that the tied head's logits begin at about 1.
 
-  With embeddings and kernels of 0.02, as GPT-2 has them, and the decoder's own draw alike, a small
-  decoder learned to spell an invented word that it had read, and stayed there: which of several
-  things or places is meant it did not look up in 13 million tokens. So it does within 3 million.
+  With embeddings and kernels of 0.02, as GPT-2 has them, a small decoder learned to spell an
+  invented word that it had read; which of several things or places is meant it looked up in one of
+  two runs of 13 million tokens. From here it does after 4 million.
   """
   from models import decoder
 

@@ -37,38 +37,20 @@ def measure_logits(model: str, episodes: int) -> dict[str, Any]:
     {'model', 'tokens', 'rows': one dict for each of DTYPES with 'dtype', 'token_bytes' (of the
     cache), 'logits', 'kl', 'top1'}; the first row is the reference.
   """
-  import functools
-
   import jax
   import jax.numpy as jnp
   import numpy as np
 
   from agents import policy
+  from experiments.bench import rollout_jax
   from experiments.bench import train as bench_train
   from models import decoder
   from models.kv_cache import KVCache
 
   loaded = policy.load_base(model)
   examples = bench_train.household_examples(model, episodes)
-  length = -(-max(len(e.tokens) for e in examples) // _BLOCK) * _BLOCK
   one = decoder.from_params(loaded.config, loaded.params)
-
-  @functools.partial(jax.jit, donate_argnames='cache')
-  def read(block, cache, start, count):
-    hidden, cache = decoder.forward_cached(
-      one.graphdef, one.lora, one.frozen, block[None], cache, start[None], count[None],
-      attend_len=length)
-    return decoder.logits(one.graphdef, one.frozen, hidden[0]), cache
-
-  def read_all(tokens, dtype):
-    cache, found = KVCache.init(one.config, 1, length, dtype), []
-    for start in range(0, len(tokens), _BLOCK):
-      piece = tokens[start:start + _BLOCK]
-      block = np.zeros(_BLOCK, np.int32)
-      block[:len(piece)] = piece
-      logits, cache = read(block, cache, jnp.int32(start), jnp.int32(len(piece)))
-      found.append(logits[:len(piece)])
-    return jnp.concatenate(found)
+  read = rollout_jax.through_cache(one, max(len(e.tokens) for e in examples), _BLOCK)
 
   @jax.jit
   def compare(logits, reference):
@@ -79,13 +61,13 @@ def measure_logits(model: str, episodes: int) -> dict[str, Any]:
 
   sums = {dtype: np.zeros(4) for dtype in DTYPES}
   for example in examples:
-    reference = read_all(example.tokens, 'float32')
+    logits = {dtype: jnp.concatenate(list(read(example.tokens, dtype))) for dtype in DTYPES}
     for dtype in DTYPES:
-      sums[dtype] += np.asarray(compare(read_all(example.tokens, dtype), reference), np.float64)
+      sums[dtype] += np.asarray(compare(logits[dtype], logits[DTYPES[0]]), np.float64)
   tokens = sum(len(example.tokens) for example in examples)
   return {'model': model, 'tokens': tokens, 'rows': [{
     'dtype': dtype,
-    'token_bytes': KVCache.init(one.config, 1, length, dtype).nbytes / length,
+    'token_bytes': KVCache.init(one.config, 1, _BLOCK, dtype).nbytes / _BLOCK,
     'logits': float((s[0] / s[1]) ** 0.5), 'kl': float(s[2] / tokens),
     'top1': float(s[3] / tokens)} for dtype, s in sums.items()]}
 

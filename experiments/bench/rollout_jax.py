@@ -13,7 +13,7 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -329,33 +329,52 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
 # Teacher forcing.
 
 
-def exact(job: dict[str, Any]) -> dict[str, Any]:
-  """The likeliest next tokens at every place of one transcript, float32, through the cache.
+def through_cache(model: decoder.Model, longest: int, block_len: int) -> Callable:
+  """Teacher forcing as in play: a model that reads transcripts through its cache.
+
+  Args:
+    model: in whose dtype it is computed.
+    longest: tokens of the longest transcript.
+    block_len: tokens that are read at a time.
 
   Returns:
-    {'ids', 'logits'}: [N][8], of the place after each token, likeliest first.
+    read(tokens int32 [T], dtype of the cache) -> iterator of float32 [at most block_len, V], the
+    logits after each token.
   """
-  model = load(job, 'float32')
-  tokens = np.asarray(job['tokens'], np.int32)
-  length = -(-len(tokens) // _BLOCK) * _BLOCK
-  cache = KVCache.init(model.config, 1, length, 'float32')
+  length = -(-longest // block_len) * block_len
 
   @functools.partial(jax.jit, donate_argnames='cache')
   def run(block, cache, start, count):
     hidden, cache = decoder.forward_cached(
       model.graphdef, model.lora, model.frozen, block[None], cache, start[None], count[None],
       attend_len=length)
-    logits = decoder.logits(model.graphdef, model.frozen, hidden[0])
-    return jax.lax.top_k(logits, _CANDIDATES), cache
+    return decoder.logits(model.graphdef, model.frozen, hidden[0]), cache
 
+  def read(tokens: np.ndarray, dtype: str) -> Iterator[jax.Array]:
+    cache = KVCache.init(model.config, 1, length, dtype)
+    for start in range(0, len(tokens), block_len):
+      piece = tokens[start:start + block_len]
+      block = np.zeros(block_len, np.int32)
+      block[:len(piece)] = piece
+      logits, cache = run(block, cache, jnp.int32(start), jnp.int32(len(piece)))
+      yield logits[:len(piece)]
+
+  return read
+
+
+def exact(job: dict[str, Any]) -> dict[str, Any]:
+  """The likeliest next tokens at every place of one transcript, float32, through the cache.
+
+  Returns:
+    {'ids', 'logits'}: [N][8], of the place after each token, likeliest first.
+  """
+  tokens = np.asarray(job['tokens'], np.int32)
+  read = through_cache(load(job, 'float32'), len(tokens), _BLOCK)
   ids, values = [], []
-  for start in range(0, len(tokens), _BLOCK):
-    piece = tokens[start:start + _BLOCK]
-    block = np.zeros(_BLOCK, np.int32)
-    block[:len(piece)] = piece
-    (top, found), cache = run(block, cache, jnp.int32(start), jnp.int32(len(piece)))
-    values += np.asarray(top)[:len(piece)].tolist()
-    ids += np.asarray(found)[:len(piece)].tolist()
+  for logits in read(tokens, 'float32'):
+    top, found = jax.lax.top_k(logits, _CANDIDATES)
+    values += np.asarray(top).tolist()
+    ids += np.asarray(found).tolist()
   return {'ids': ids, 'logits': values}
 
 
