@@ -34,7 +34,7 @@ DEFAULTS = dict(
   tokenizer_episodes=600,  # of which the tokenizer learns its words
   held_out_episodes=100,  # on which the decoder is tested at the end, with and without hints
   lesson_options='',  # further env_options, of the lessons alone
-  expert_error_rate=0.0,  # of the expert, where no hint reminds it
+  expert_error_rate=0.0,  # of the expert: a decision (household), a care it is not reminded of
   experience_share=0.0,  # of the lessons with a solved task of the same type in the context
   experience_format='summary',  # of it: chat, flat, summary
   # Household: lists of rules and the replies that follow from them, which teach to look up.

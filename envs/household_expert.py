@@ -85,8 +85,8 @@ class Expert:
       task: the task; only its instruction is read.
       known_rules: rules that it may use without having read a label.
       error_rate: probability of an error per decision, 0..1.
-      in_order: appliances are tried as the room lists them, and not in a random order. The next one
-        of a list is easier to learn than one of those that were not tried.
+      in_order: furniture is searched and appliances are tried as the room lists them, and not the
+        likely ones first and a random one of several. The next one of a list is easier to learn.
       seed: order of exploration and errors.
     """
     self._rng = random.Random(f'expert {seed} {task.id}')
@@ -199,8 +199,10 @@ class Expert:
     return None
 
   def _search_order(self, kind: str) -> list[str]:
-    """All receptacles, the likely ones first; within a kind in random order."""
+    """All receptacles, the likely ones first, within a kind in random order, appliances last."""
     order = list(self._receptacles)
+    if self._in_order:
+      return sorted(order, key=lambda place: place.split()[0] in APPLIANCES)
     self._rng.shuffle(order)
 
     def rank(place: str) -> tuple[int, int]:

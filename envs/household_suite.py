@@ -153,7 +153,7 @@ class HouseholdSuite:
       num_thing_types: types of things in all such houses together.
       num_receptacles: receptacles of a generated official house.
       precondition_rate: share of generated rules with a precondition.
-      expert_in_order: the expert tries the appliances as the room lists them.
+      expert_in_order: the expert goes through furniture and appliances as the room lists them.
 
     Raises:
       UserError: an option has no meaning.

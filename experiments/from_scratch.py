@@ -191,6 +191,9 @@ class Lessons:
     self._rollout = rollout_config.make(values)
     self._spec = rollout.make_spec(self._rollout)
     self._games: dict[str, list] = {}
+    self._erring = {}
+    if config.expert_error_rate:
+      self._erring = {'error_rate': config.expert_error_rate, 'seed': config.seed}
     if config.env != 'household':
       self._spec = expert_episodes.expert_spec(self._spec)
 
@@ -225,7 +228,7 @@ class Lessons:
         told = [dataclasses.replace(rule, state=words[rule.state]) for rule in told]
       yield expert_episodes.expert_episode(
         suite, rename(task, words), tokenizer, self._spec, labels, memory=memory,
-        known_rules=told)
+        known_rules=told, **self._erring)
 
   def _play_as_it_is(
     self, suite: Suite, tasks: Sequence[Task], tokenizer: Tokenizer, labels: episode_lib.Labels,
@@ -233,9 +236,6 @@ class Lessons:
   ) -> Iterator[trajectory.Episode]:
     """Episodes of an environment whose words are not invented; the suite is closed after them."""
     c = self._config
-    erring = {}
-    if c.expert_error_rate:
-      erring = {'error_rate': c.expert_error_rate, 'seed': c.seed}
     solved: dict[str, str] = {}
     recorded = _Recorded(suite, self._games) if getattr(suite, 'own_process', False) else None
     try:
@@ -251,7 +251,7 @@ class Lessons:
             'id': 'given-0', 'score': 0.0, 'text': solved[task.task_type], 'outcome': 'success'},))
         episode = expert_episodes.expert_episode(
           recorded or suite, task, tokenizer, self._spec, labels, memory=memory, known_rules=told,
-          **erring)
+          **self._erring)
         if episode.success and c.experience_share:
           # The next lesson of the type may have it in its context.
           solved[task.task_type] = experience_lib.get_format(c.experience_format)(

@@ -172,23 +172,28 @@ def test_types_of_things_can_be_few_and_leave_the_rest_of_a_house_as_it_is():
       SkillOptions(**bad)
 
 
-def test_an_expert_in_order_tries_appliances_as_the_room_lists_them():
-  follows = collections.Counter()
+def test_an_expert_in_order_goes_through_the_room_as_it_is_listed():
+  follows, searches = collections.Counter(), collections.Counter()
   for index in range(20):
     game = skill_game('easy', 0, 'train', index)
     task = Task(game.id, 'household', 'train', game.task_type, game.instruction, {})
-    names = re.findall(r'\ba (\w+) 1', game.game().reset())
-    listed = [name for name in names if name in household_skills.APPLIANCES]
+    names = re.findall(r'\ba (\w+ \d+)', game.game().reset())
+    listed = [name for name in names if name.split()[0] in household_skills.APPLIANCES]
+    furniture = [name for name in names if name not in listed]
     for in_order in (False, True):
       environment, expert = game.game(), Expert(task, in_order=in_order)
-      observation, won, tried = environment.reset(), False, []
+      observation, won, tried, searched = environment.reset(), False, [], []
       while not won:
         action = expert.act(observation).action
+        if (place := action.removeprefix('go to ')) in furniture and not tried:
+          searched.append(place)
         if action.startswith('examine'):
-          tried.append(action.split()[1])
+          tried.append(action.removeprefix('examine '))
         observation, won = environment.step(action)
       follows[in_order] += tried == listed[:len(tried)]
+      searches[in_order] += searched == furniture[:len(searched)]
   assert follows[True] == 20 > 10 > follows[False]
+  assert searches[True] == 20 > searches[False]
 
 
 def test_a_wrong_rule_does_not_stop_the_expert():
