@@ -150,11 +150,10 @@ class ScienceWorldEnvironment:
     payload = self._task.payload
     self._server.load(payload['task'], payload['variation'], self._suite.simplifications)
     # As in the official environment, the first look is a step of the game.
-    observation, _, _ = self._server.step(scienceworld_server.LOOK)
+    first = self._server.step(scienceworld_server.LOOK)
     self._score, self._over = 0, False
-    self._seen = {observation}
-    self._view = self._server.view()
-    return observation
+    self._seen, self._view = {first.answer}, first.view
+    return first.answer
 
   def step(self, action: str) -> StepResult:
     if self._over or self._server is None:
@@ -163,17 +162,17 @@ class ScienceWorldEnvironment:
     action = ' '.join(action.split())
     if action.lower() == 'reset task':
       return StepResult(NOTHING, 0.0, False, False, False, False)
-    observation, score, completed = self._server.step(action)
-    valid = not observation.startswith(NOTHING)
-    before, self._view = self._view, self._server.view()
+    step = self._server.step(action)
+    valid = not step.answer.startswith(NOTHING)
     changed = valid and (
-      self._view != before or observation not in self._seen or action.startswith('wait'))
-    self._seen.add(observation)
-    gained = max(0, score) - self._score
-    self._score = max(0, score)
+      step.view != self._view or step.answer not in self._seen or action.startswith('wait'))
+    self._seen.add(step.answer)
+    self._view = step.view
+    gained = max(0, step.score) - self._score
+    self._score = max(0, step.score)
     won = self._score >= self._success_score
-    self._over = won or completed or score < 0
-    return StepResult(observation, gained / 100, self._over, won, valid, changed)
+    self._over = won or step.over or step.score < 0
+    return StepResult(step.answer, gained / 100, self._over, won, valid, changed)
 
   def admissible_commands(self) -> list[str]:
     """All that is possible now; it takes the simulator as long as some dozens of steps."""

