@@ -4,8 +4,10 @@
 
 fast_game.jar holds envs/java/hintsight/FastGame.java, compiled for Java 8: steps without the
 logging of all names, and a parser that spells out only the names that an input begins with. And
-EnvObject gets a hash of its own (`with_hash`), as it has an equality of its own: without one, its
-sets are searched one by one, or go through their objects in another order in every run.
+the class of all objects is changed as it is read from the package (`with_ours`). It gets a hash of
+its own, as it has an equality of its own: without one, its sets are searched one by one, or go
+through their objects in another order in every run. And what lies within an object, which goals ask
+for at every step, is collected in one set and not copied at every level.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 
 from data.errors import UserError
 
@@ -26,8 +29,9 @@ _DIGEST = 'META-INF/source.sha256'
 # Machine Specification, 4.4); texts (1) say theirs.
 _ENTRY_SIZES = {3: 5, 4: 5, 5: 9, 6: 9, 7: 3, 8: 3, 9: 5, 10: 5, 11: 5, 12: 5, 15: 4, 16: 3, 17: 5,
                 18: 5, 19: 3, 20: 3}
-_TEXT, _LONG, _DOUBLE, _METHOD, _NAME_AND_TYPE = 1, 5, 6, 10, 12
+_TEXT, _LONG, _DOUBLE, _CLASS, _METHOD, _NAME_AND_TYPE = 1, 5, 6, 7, 10, 12
 _PUBLIC = 1
+_WITHIN = b'getContainedObjectsAndPortalsRecursive', b'(ZZ)Lscala/collection/immutable/Set;'
 
 
 def _u2(data: bytes, at: int) -> int:
@@ -42,13 +46,33 @@ def _text(value: bytes) -> bytes:
   return _entry(_TEXT, len(value)) + value
 
 
-def _pool_end(data: bytes) -> int:
-  """Where the constant pool of a class file ends."""
+def _pool(data: bytes) -> Iterator[tuple[int, int]]:
+  """(index, where it is) of the entries of a class file's constant pool, and of its end."""
   at, index, count = 10, 1, _u2(data, 8)
   while index < count:
+    yield index, at
     tag = data[at]
     at += 3 + _u2(data, at + 1) if tag == _TEXT else _ENTRY_SIZES[tag]
     index += 2 if tag in (_LONG, _DOUBLE) else 1
+  yield count, at
+
+
+def _pool_end(data: bytes) -> int:
+  return [at for _, at in _pool(data)][-1]
+
+
+def _texts(data: bytes) -> dict[int, bytes]:
+  """The pool's texts by index."""
+  *entries, _ = _pool(data)
+  return {index: data[at + 3:at + 3 + _u2(data, at + 1)]
+          for index, at in entries if data[at] == _TEXT}
+
+
+def _member_end(data: bytes, at: int) -> int:
+  """Where a field or method ends that begins at `at`."""
+  attributes, at = _u2(data, at + 6), at + 8
+  for _ in range(attributes):
+    at += 6 + struct.unpack_from('>I', data, at + 2)[0]
   return at
 
 
@@ -56,43 +80,65 @@ def _members_end(data: bytes, at: int) -> int:
   """Where a table of fields or methods ends that begins at `at`."""
   count, at = _u2(data, at), at + 2
   for _ in range(count):
-    attributes, at = _u2(data, at + 6), at + 8
-    for _ in range(attributes):
-      at += 6 + struct.unpack_from('>I', data, at + 2)[0]
+    at = _member_end(data, at)
   return at
 
 
-def with_hash(data: bytes) -> bytes:
-  """A class that has `long uuid()` with `public int hashCode() { return (int) uuid(); }` added.
+def with_ours(data: bytes) -> bytes:
+  """The class of the simulator's objects with two methods of ours.
+
+  `public int hashCode()` is added and returns (int) uuid(), and the body of
+  `getContainedObjectsAndPortalsRecursive` becomes a call of FastGame.within.
 
   Args:
-    data: a class file without a hashCode of its own.
+    data: EnvObject's class file.
 
   Returns:
-    The class file with the method.
+    The changed class file.
 
   Raises:
-    ValueError: it is none such.
+    ValueError: it is not the class that is known.
   """
-  if data[:4] != b'\xca\xfe\xba\xbe' or _text(b'uuid') not in data:
-    raise ValueError('not a class with uuid()')
+  if data[:4] != b'\xca\xfe\xba\xbe':
+    raise ValueError('not a class file')
   if _text(b'hashCode') in data:
-    raise ValueError('it has a hashCode already')
+    raise ValueError('EnvObject has a hashCode already')
   count, end = _u2(data, 8), _pool_end(data)
   # The pool is followed by access flags, this class, its parent and its interfaces.
   this, fields = _u2(data, end + 2), end + 8 + 2 * _u2(data, end + 6)
   methods = _members_end(data, fields)
   after = _members_end(data, methods)
+  first = count
   added = [
-    _text(b'hashCode'), _text(b'()I'), _text(b'Code'), _text(b'uuid'), _text(b'()J'),
-    _entry(_NAME_AND_TYPE, count + 3, count + 4), _entry(_METHOD, this, count + 5)]
-  # aload_0, invokevirtual uuid, l2i, ireturn: two words of stack, one local variable.
-  code = b'\x2a\xb6' + struct.pack('>H', count + 6) + b'\x88\xac'
-  body = struct.pack('>HHI', 2, 1, len(code)) + code + struct.pack('>HH', 0, 0)
-  method = struct.pack('>HHHHHI', _PUBLIC, count, count + 1, 1, count + 2, len(body)) + body
+    _text(b'Code'), _text(b'hashCode'), _text(b'()I'),
+    _text(b'uuid'), _text(b'()J'), _entry(_NAME_AND_TYPE, first + 3, first + 4),
+    _entry(_METHOD, this, first + 5),
+    _text(b'hintsight/FastGame'), _entry(_CLASS, first + 7),
+    _text(b'within'), _text(b'(Lscienceworld/struct/EnvObject;' + _WITHIN[1][1:]),
+    _entry(_NAME_AND_TYPE, first + 9, first + 10), _entry(_METHOD, first + 8, first + 11)]
+
+  def body(code: bytes, stack: int, local: int) -> bytes:
+    """The attributes of a method: one, its code, without handlers or attributes."""
+    content = struct.pack('>HHI', stack, local, len(code)) + code + struct.pack('>HH', 0, 0)
+    return struct.pack('>HHI', 1, first, len(content)) + content
+
+  # aload_0, invokevirtual uuid, l2i, ireturn: a long is two words.
+  hashed = struct.pack('>HHH', _PUBLIC, first + 1, first + 2) + body(
+    b'\x2a\xb6' + struct.pack('>H', first + 6) + b'\x88\xac', 2, 1)
+  # aload_0, iload_1, iload_2, invokestatic within, areturn.
+  forward = body(b'\x2a\x1b\x1c\xb8' + struct.pack('>H', first + 12) + b'\xb0', 3, 3)
+  texts = _texts(data)
+  kept, found, at = [], 0, methods + 2
+  for _ in range(_u2(data, methods)):
+    stop = _member_end(data, at)
+    own = tuple(texts[_u2(data, at + offset)] for offset in (2, 4))
+    kept.append(data[at:at + 6] + forward if own == _WITHIN else data[at:stop])
+    found, at = found + (own == _WITHIN), stop
+  if not found or _text(b'uuid') not in data:
+    raise ValueError('EnvObject has other methods')
   return b''.join((
     data[:8], struct.pack('>H', count + len(added)), data[10:end], *added, data[end:methods],
-    struct.pack('>H', _u2(data, methods) + 1), data[methods + 2:after], method, data[after:]))
+    struct.pack('>H', len(kept) + 1), *kept, hashed, data[after:]))
 
 
 def classpath(simulator: str | pathlib.Path, folder: str | pathlib.Path) -> list[str]:
@@ -110,7 +156,7 @@ def classpath(simulator: str | pathlib.Path, folder: str | pathlib.Path) -> list
       f'{JAR} is missing; check it out again, or make it: `python -m envs.scienceworld_java`.')
   try:
     with zipfile.ZipFile(simulator) as archive:
-      changed = with_hash(archive.read(OBJECT_CLASS))
+      changed = with_ours(archive.read(OBJECT_CLASS))
   except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
     raise UserError(
       f'{simulator} is not the simulator that is known here ({error}); install the version of '

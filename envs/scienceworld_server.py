@@ -36,7 +36,7 @@ _SEPARATOR = '\x1e'  # of the parts of FastGame.step
 
 # Little memory and short starts. The simulator iterates over hash sets: with hashes that are
 # addresses, one of two hundred answers differs from run to run, and none with equal ones. Its own
-# objects have better ones (`scienceworld_java.with_hash`).
+# objects have better ones (`scienceworld_java.with_ours`).
 _OPTIONS = ('-XX:+UseSerialGC', '-XX:+UnlockExperimentalVMOptions', '-XX:hashCode=2')
 
 

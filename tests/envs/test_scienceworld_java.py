@@ -80,17 +80,19 @@ def test_another_simulator_is_named(tmp_path):
     with pytest.raises(errors.UserError, match=f'is not the simulator.*{reason}'):
       scienceworld_java.classpath(path, tmp_path / 'out')
   with pytest.raises(ValueError, match='not a class'):
-    scienceworld_java.with_hash(b'PK')
+    scienceworld_java.with_ours(b'PK')
 
 
-def test_a_hash_is_added_once():
+def test_methods_are_changed_once_and_in_the_right_class():
   constants = pytest.importorskip('scienceworld.constants')
   with zipfile.ZipFile(constants.JAR_PATH) as archive:
     plain = archive.read(scienceworld_java.OBJECT_CLASS)
-  changed = scienceworld_java.with_hash(plain)
-  assert len(plain) < len(changed) < len(plain) + 200
+    other = archive.read('scienceworld/objects/portal/Portal.class')
+  changed = scienceworld_java.with_ours(plain)
   with pytest.raises(ValueError, match='hashCode already'):
-    scienceworld_java.with_hash(changed)
+    scienceworld_java.with_ours(changed)
+  with pytest.raises(ValueError, match='other methods'):
+    scienceworld_java.with_ours(other)
 
 
 def test_objects_have_the_hash_of_their_number(servers):
@@ -98,3 +100,33 @@ def test_objects_have_the_hash_of_their_number(servers):
   server.load('boil', 0, '')
   agent = server._game.agent().get()
   assert agent.hashCode() == agent.uuid() > 0
+
+
+def test_what_lies_within_is_collected_as_before(servers):
+  """Against the same walk here: whatever is hidden or a way out, each once."""
+  server = servers[0]
+  server.load('grow-plant', 0, '')
+  universe = server._game.agentInterface().get().universe()
+
+  def each(found):
+    iterator = found.iterator()
+    while iterator.hasNext():
+      yield iterator.next()
+
+  def walk(thing, hidden, connections):
+    ids = set()
+    for one in each(thing.getContainedObjects(True)):
+      if hidden or not one.isHidden():
+        ids |= {one.uuid()} | walk(one, hidden, connections)
+    for door in each(thing.getPortals(True)):
+      if hidden or not door.isHidden():
+        ids.add(door.uuid())
+        ids |= {end.uuid() for end in each(door.getConnectionPoints())} if connections else set()
+    return ids
+
+  sizes = set()
+  for options in ((True, True), (True, False), (False, False)):
+    found = [one.uuid() for one in each(universe.getContainedObjectsAndPortalsRecursive(*options))]
+    assert len(found) == len(set(found)) and set(found) == walk(universe, *options)
+    sizes.add(len(found))
+  assert len(sizes) > 1

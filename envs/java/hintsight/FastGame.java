@@ -4,16 +4,16 @@ import java.lang.reflect.Field;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.HashMap;
-import java.util.HashSet;
 import java.util.List;
 import java.util.Map;
-import java.util.Set;
+import java.util.TreeSet;
 import language.model.ActionRequestDef;
 import scala.Option;
 import scala.Tuple2;
 import scala.Tuple3;
 import scala.Tuple4;
 import scala.collection.Iterator;
+import scala.collection.mutable.HashSet;
 import scienceworld.actions.Action;
 import scienceworld.input.InputParser;
 import scienceworld.input.InputParser$;
@@ -79,6 +79,47 @@ public final class FastGame {
         game.freeActionLook(), game.freeActionInventory());
   }
 
+  /** What EnvObject.getContainedObjectsAndPortalsRecursive returns, in the same order. */
+  public static scala.collection.immutable.Set<EnvObject> within(
+      EnvObject object, boolean hidden, boolean connections) {
+    HashSet<EnvObject> found = new HashSet<>();
+    collect(object, hidden, connections, found);
+    return found.toSet();
+  }
+
+  private static void collect(
+      EnvObject object, boolean hidden, boolean connections, HashSet<EnvObject> found) {
+    List<EnvObject> inside = new ArrayList<>();
+    Iterator<EnvObject> objects = object.getContainedObjects(true).iterator();
+    while (objects.hasNext()) {
+      EnvObject one = objects.next();
+      if (hidden || !one.isHidden()) {
+        inside.add(one);
+        found.add(one);
+      }
+    }
+    List<EnvObject> connected = new ArrayList<>();
+    Iterator<Portal> portals = object.getPortals(true).iterator();
+    while (portals.hasNext()) {
+      Portal portal = portals.next();
+      if (hidden || !portal.isHidden()) {
+        found.add(portal);
+        if (connections) {
+          Iterator<EnvObject> ends = portal.getConnectionPoints().iterator();
+          while (ends.hasNext()) {
+            connected.add(ends.next());
+          }
+        }
+      }
+    }
+    for (EnvObject one : inside) {
+      collect(one, hidden, connections, found);
+    }
+    for (EnvObject one : connected) {
+      found.add(one);
+    }
+  }
+
   /** The simulator's parser with another way to find the objects that an input may mean. */
   public static final class Parser extends InputParser {
     // Lower-case text -> its words without articles; a game has some thousand names.
@@ -114,7 +155,7 @@ public final class FastGame {
     }
 
     private List<String> namesAtStart(String input, EnvObject object, EnvObject perspective) {
-      Set<String> full = new HashSet<>();
+      TreeSet<String> full = new TreeSet<>();
       for (String name : namesOf(object, perspective)) {
         // "cup in kitchen" begins with "cup".
         if (name.trim().isEmpty() || !input.startsWith(wordsOf(name.toLowerCase()))) {
