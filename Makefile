@@ -3,13 +3,14 @@
 # make test   every test but the slow ones (makes the environment if it is not there)
 # make test-all   the slow ones too: hundreds of games against TextWorld, kills at random moments
 # make setup  .venv with all that tests and benchmarks need
+# make gpu-compiler   XLA's compiler for NVIDIA GPUs, for experiments.aot (a part of setup)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
-.PHONY: demo demo-experience test test-all setup lint clean
+.PHONY: demo demo-experience test test-all setup gpu-compiler lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m experiments.hint_distillation --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
@@ -23,7 +24,9 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
 
-setup: $(VENV)/.dev
+setup: $(VENV)/.dev gpu-compiler
+
+gpu-compiler: .cache/gpu_compiler/.done
 
 lint: setup
 	$(BIN)/ruff check .
@@ -40,6 +43,12 @@ $(VENV)/.runtime: requirements.txt constraints.txt | $(BIN)/python
 $(VENV)/.dev: requirements.txt requirements-dev.txt constraints.txt | $(BIN)/python
 	$(PIP) -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime
+
+# In a folder of its own: in the environment JAX would look for a GPU at every start.
+.cache/gpu_compiler/.done: requirements-gpu-compiler.txt | $(BIN)/python
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) -r requirements-gpu-compiler.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .cache runs

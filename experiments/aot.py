@@ -1,16 +1,13 @@
 """Compiles the real programs for machines that are not there, and says what they will take.
 
   python -m experiments.aot --model=qwen25_14b --topology=v5e:8x8 --program=train
-  python -m experiments.aot --topology=h200 --program=decode --slots=256 --cache_dtype=int8
+  python -m experiments.aot --topology=h200 --program=decode --slots=256 --max_len=8192
 
-The train step, prefill or decode of this repository, Pallas kernels included, by the TPU compiler
-(libtpu, which needs no TPU): memory of a device by part, FLOPs and bytes counted from the
-architecture, what is sent to other devices read from the compiled program, and from these how fast
-it can be at best. Exit code 1 where it does not fit, with what would.
-
-Decoding and prefill also for one GPU. Where this machine has none of the kind, XLA compiles them
-for CPUs, traced as for the GPU: the bytes of weights and cache are the GPU's, those of temporaries
-what its compiler for CPUs takes, and not counted.
+The train step, prefill or decode of this repository, Pallas kernels included, by the compilers for
+TPUs (libtpu) and for NVIDIA GPUs (`make gpu-compiler`), which need neither: memory of a device by
+part, FLOPs and bytes counted from the architecture, what is sent to other devices read from the
+compiled program, and from these how fast it can be at best. Exit code 1 where it does not fit, with
+what would.
 """
 
 import dataclasses
@@ -28,7 +25,7 @@ from absl import flags
 from configs import cli
 from data import errors, summary
 from data import workdir as workdir_lib
-from experiments import aot_programs
+from experiments import aot_programs, gpu_compiler
 from experiments.aot_programs import Settings
 from models import chips, cost, decoder, hlo, memory, registry, sharding
 from models.lora import LoraConfig
@@ -65,7 +62,7 @@ def check(
 
   Args:
     model: a name of `models.registry`.
-    topology: as in 'v5e:8x8', of one slice; or a GPU of `chips.GPUS`.
+    topology: as in 'v5e:8x8', of one slice; or GPUs of `chips.GPUS`, as in 'h200:8'.
     program: one of PROGRAMS.
     mesh: auto, or sizes as `sharding.parse_sizes` takes them.
     slices: how many.
@@ -79,15 +76,16 @@ def check(
     nothing overlapped). Where the compiler refused, only what it said and the estimate.
 
   Raises:
-    errors.UserError: a name is wrong, a mesh does not divide, or libtpu is missing.
+    errors.UserError: a name is wrong, a mesh does not divide, or the compiler is missing.
   """
   if program not in PROGRAMS:
     raise errors.UserError(f'--program={program}: choose from {", ".join(PROGRAMS)}.')
   if slices > 1 and program != 'train':
     raise errors.UserError('Inference does not span slices; give --slices with --program=train.')
-  gpu = chips.GPUS.get(topology)
-  if gpu and (program == 'train' or slices > 1):
-    raise errors.UserError(f'--topology={topology} is one GPU: give --program=decode or prefill.')
+  gpu = chips.GPUS.get(topology.partition(':')[0])
+  if gpu and slices > 1:
+    raise errors.UserError(f'--topology={topology} has no slices; they are of TPUs.')
+  kind = 'gpu' if gpu else 'tpu'
   settings = settings or Settings()
   if settings.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
     raise errors.UserError(
@@ -110,12 +108,11 @@ def check(
   started = time.perf_counter()
   for remat in modes:
     if program == 'train':
-      lowered, parts = aot_programs.lower_train(config, grid, settings, remat)
+      lowered, parts = aot_programs.lower_train(config, grid, settings, remat, kind)
       lowered = [lowered]
       record['remat'] = remat
     else:
-      lowered, parts = aot_programs.lower_inference(
-        config, grid, settings, program, 'gpu' if gpu else 'tpu')
+      lowered, parts = aot_programs.lower_inference(config, grid, settings, program, kind)
     try:
       compiled, *others = [program.compile() for program in lowered]
       break
@@ -143,10 +140,6 @@ def check(
     more = max(0, parts['weights'] + remat_lib.program_bytes(other) - need)
     record['memory']['temporaries'] += more
     need += more
-  if record['compiler'] == 'cpu':
-    # Not the GPU's: the CPU's compiler multiplies the codes of all layers out before the loop.
-    record['cpu_temporaries'] = record['memory'].pop('temporaries')
-    need -= record['cpu_temporaries']
   record['need_bytes'], record['fits'] = need, need <= chip.program_bytes
   if not record['fits']:
     record['would_fit'] = would_fit(config, program, dict(grid.shape), chip, settings)
@@ -281,7 +274,8 @@ def would_fit(config, program, tried, chip, settings) -> list[str]:
       options = ' '.join(f'--{name}={value}' for name, value in changes.items())
       says.append(f'{options} {shown(plan)} on the same devices')
       break
-  for times in () if chip.name in chips.GPUS else (2, 4, 8, 16):
+  most = gpu_compiler.MOST_DEVICES if chip.name in chips.GPUS else 16 * num_devices
+  for times in (n for n in (2, 4, 8, 16) if n * num_devices <= most):
     if plan := best(num_devices * times):
       says.append(f'{shown(plan)} on {num_devices * times} devices of the kind')
       break
@@ -325,10 +319,6 @@ def table(record: dict[str, Any]) -> str:
     for title, key in (('all at once', 'at_best'), ('one after another', 'serial')):
       rate = record[key]
       lines.append(f'  {title:<18} {rate["tokens_per_s"]:>12,.0f} tokens/s  {rate["mfu"]:6.1%} MFU')
-  if record['compiler'] == 'cpu':
-    lines += [
-      '', 'Without temporaries: compiled by XLA for CPUs, which takes '
-      f'{record["cpu_temporaries"] / _GIB:.2f} GiB for them.']
   lines.append('')
   if record['fits']:
     lines.append(f'It fits. Compiled in {record["compile_s"]:.0f} s.')
@@ -357,7 +347,7 @@ def define_flags() -> None:
   flags.DEFINE_string('model', 'qwen25_7b', 'A name of models/registry.py.')
   flags.DEFINE_string(
     'topology', 'v5e:4x4',
-    'Of v4, v5e, v5p, v6e or tpu7x a shape, too; or a100, h100, h200.')
+    'Of v4, v5e, v5p, v6e or tpu7x a shape, too; of a100, h100 or h200 a number.')
   flags.DEFINE_enum('program', 'train', PROGRAMS, 'What is compiled.')
   flags.DEFINE_string('mesh', 'auto', 'Sizes data,fsdp,tensor within a slice.')
   flags.DEFINE_integer('slices', 1, 'Slices of that topology, data-parallel.', lower_bound=1)

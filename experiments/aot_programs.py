@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from data.errors import UserError
+from experiments import gpu_compiler
 from inference import programs
 from inference.sampling import GREEDY
-from models import chips, decoder, memory, platform, sharding
+from models import chips, decoder, flash, memory, platform, sharding
 from models.kv_cache import KVCache
 from models.lora import LoraConfig
 from training import optimizer as optimizer_lib
@@ -60,16 +61,14 @@ class Settings:
 def find_devices(topology: str, slices: int):
   """The devices of a topology, as its compiler describes them.
 
-  Of a GPU it is the one that this machine has; where it has none, a CPU device stands for it, and
-  XLA's compiler for CPUs for its own.
-
   Raises:
-    UserError: libtpu is not installed, or knows no such topology.
+    UserError: the compiler is not installed, or knows no such topology.
   """
-  if topology in chips.GPUS:
-    here = jax.devices()[:1]
-    return here if here[0].device_kind == chips.GPUS[topology].device_kind else (
-      jax.devices('cpu')[:1])
+  name, _, count = topology.partition(':')
+  if name in chips.GPUS:
+    if count and not count.isdigit():
+      raise UserError(f'--topology={topology}: give the number of GPUs, as in {name}:8.')
+    return gpu_compiler.find_devices(name, int(count or 1))
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       f"The TPU compiler is not installed; pip install '{LIBTPU}' (Linux, 165 MB, needs no TPU).")
@@ -77,7 +76,7 @@ def find_devices(topology: str, slices: int):
   if kind not in chips.CHIPS:
     raise UserError(
       f'--topology={topology}: there is no chip {kind!r}; there are {", ".join(chips.CHIPS)}, '
-      f'as in v5e:8x8, and {", ".join(chips.GPUS)}, one of each.')
+      f'as in v5e:8x8, and {", ".join(chips.GPUS)}, as in h200:8.')
   # libtpu looks for a TPU, which one process may hold, and for the cloud's metadata.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -107,8 +106,19 @@ def with_shardings(shapes, shardings):
   return jax.tree.map(place, shapes, shardings)
 
 
-def lower_train(config, mesh, settings: Settings, remat: str):
-  """The step of training/step.py, lowered; bytes of its arguments by part, of one device."""
+def lower_train(config, mesh, settings: Settings, remat: str, kind: str):
+  """The step of training/step.py, lowered.
+
+  Args:
+    config: of the model.
+    mesh: of devices.
+    settings: shapes.
+    remat: what the backward pass computes again.
+    kind: 'tpu' or 'gpu', which the step is traced for; of both with the kernel for attention.
+
+  Returns:
+    The step, and bytes of its arguments by part, of one device.
+  """
   lora = LoraConfig(settings.rank, 2.0 * settings.rank)
   model = decoder.abstract(config, lora)
   schedule = optimizer_lib.make_schedule('constant', 2e-4, 1000, 0.1)
@@ -123,8 +133,9 @@ def lower_train(config, mesh, settings: Settings, remat: str):
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()}
   batch['loss_weight'] = jax.ShapeDtypeStruct((1, shards, budget), jnp.float32)
   step = step_lib.make_train_step(
-    model, optimizer, schedule, shardings, mesh, seed=0, remat=remat)
-  with platform.compiling_for('tpu'), jax.set_mesh(mesh):
+    model, optimizer, schedule, shardings, mesh, seed=0, remat=remat,
+    attention_path='kernel' if config.head_dim <= flash.MAX_HEAD_DIM else 'auto')
+  with platform.compiling_for(kind), jax.set_mesh(mesh):
     lowered = step.lower(
       with_shardings(state, shardings), frozen, step_lib.batch_shapes(batch, mesh))
   adapter = memory.shard_bytes(model.lora, mesh.shape)

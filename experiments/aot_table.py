@@ -1,4 +1,4 @@
-"""Checks both sizes of Qwen2.5 on many TPU slices ahead of time, and keeps the results as a table.
+"""Checks both sizes of Qwen2.5 on many TPU slices and on H200s ahead of time, and tabulates it.
 
   python -m experiments.aot_table --list
   python -m experiments.aot_table --workdir=runs/aot      # compiles what is missing, files all
@@ -36,6 +36,9 @@ _SCALING = ('v5e:16x16', (1, 2, 4))
 _LONG, _LONG_ROWS = 32_768, 4
 _LONG_CELLS = (
   ('qwen25_7b', 'v5p:2x2x1'), ('qwen25_7b', 'v6e:2x4'), ('qwen25_14b', 'v5p:2x2x1'))
+# What decodes on one GPU: slots, tokens of each, kind of cache.
+_GPU, _GPU_SIZES = 'h200', (1, 8)
+_GPU_CACHES = ((128, 4096, ''), (256, 8192, ''), (256, 8192, 'int8'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,20 @@ class Cell:
   slices: int = 1
   row_len: int = 0
   batch_rows: int = 0
+  slots: int = 0
+  max_len: int = 0
+  cache_dtype: str = ''
 
   @property
   def name(self) -> str:
-    long = f'_{self.row_len}' if self.row_len else ''
-    return f'{self.model}_{self.program}_{self.topology.replace(":", "_")}_s{self.slices}{long}'
+    shape = (self.row_len, self.slots, self.max_len, self.cache_dtype)
+    return '_'.join([
+      self.model, self.program, self.topology.replace(':', '_'), f's{self.slices}',
+      *(str(value) for value in shape if value)])
+
+  @property
+  def gpu(self) -> bool:
+    return self.topology.partition(':')[0] == _GPU
 
   @property
   def flags(self) -> list[str]:
@@ -67,9 +79,12 @@ def cells() -> list[Cell]:
            for topology in _TOPOLOGIES]
   topology, slices = _SCALING
   found += [Cell(model, 'train', topology, n) for model in _MODELS for n in slices if n > 1]
+  found += [Cell(model, 'train', topology, row_len=_LONG, batch_rows=_LONG_ROWS)
+            for model, topology in _LONG_CELLS]
+  found += [Cell(model, 'train', f'{_GPU}:{n}') for model in _MODELS for n in _GPU_SIZES]
   return found + [
-    Cell(model, 'train', topology, row_len=_LONG, batch_rows=_LONG_ROWS)
-    for model, topology in _LONG_CELLS]
+    Cell(model, 'decode', f'{_GPU}:1', slots=slots, max_len=max_len, cache_dtype=dtype)
+    for model in _MODELS for slots, max_len, dtype in _GPU_CACHES]
 
 
 def run(cell: Cell, path: pathlib.Path) -> str:
@@ -112,7 +127,10 @@ def _row(cell: Cell, record: Mapping[str, Any]) -> str:
   sizes = record['mesh']
   mesh = ','.join(str(sizes[axis]) for axis in ('data', 'fsdp', 'tensor'))
   slices = f' x {cell.slices}' if cell.slices > 1 else ''
-  shape = record.get('remat') or record['settings']['slots']
+  settings = record['settings']
+  shape = record.get('remat') or settings['slots']
+  if cell.max_len:
+    shape = f'{shape} of {cell.max_len:,}, {settings["cache_dtype"] or "bfloat16"}'
   front = (f'| {_MODELS[cell.model]} | {cell.topology}{slices} | {record["devices"]} | {mesh} | '
            f'{shape}')
   if 'seconds' not in record:
@@ -126,9 +144,12 @@ def _row(cell: Cell, record: Mapping[str, Any]) -> str:
     f'{_range(record, "mfu", lambda x: f"{100 * x:.0f}")} |')
 
 
-def _table(program: str, records: Mapping[str, Any], row_len: int = 0) -> str:
+def _table(
+  program: str, records: Mapping[str, Any], row_len: int = 0, gpu: bool = False
+) -> str:
+  wanted = (program, row_len, gpu)
   rows = [_row(cell, records[cell.name]) for cell in cells()
-          if (cell.program, cell.row_len) == (program, row_len) and cell.name in records]
+          if (cell.program, cell.row_len, cell.gpu) == wanted and cell.name in records]
   shape = 'recomputed' if program == 'train' else 'slots'
   return '\n'.join([
     f'| model | slice | devices | data, fsdp, tensor | {shape} | GiB a device | GiB moved, sent | '
@@ -140,8 +161,8 @@ def section(record: Mapping[str, Any]) -> str:
   done, measured = record['cells'], record['measured']
   lacking = [cell.name for cell in cells() if cell.name not in done]
   parts = [
-    'Nothing here has run on a TPU. The programs were compiled for it by its own compiler, which '
-    'says what memory they take; FLOPs and bytes moved are counted from the architecture, bytes '
+    'Nothing here has run on a TPU or an H200. The programs were compiled for them by their own '
+    'compilers, which say what memory they take; FLOPs and bytes moved are counted from the architecture, bytes '
     'sent are read from the compiled program. Tokens/s and MFU are bounds, not measurements: from '
     'every resource at its peak one after the other, to all of them at the same time.',
     'Training: LoRA of rank 64, rows of 4,096 tokens, one a device, a quarter of the tokens with a '
@@ -152,6 +173,11 @@ def section(record: Mapping[str, Any]) -> str:
     f'{_table("train", done, _LONG)}']
   if points(done):
     parts.append(f'![Training on ever more devices]({PLOT.name})')
+  if any(cell.gpu for cell in cells() if cell.name in done):
+    parts.append(
+      'NVIDIA H200, by the compiler for GPUs, the Pallas kernel for attention included: training '
+      f'as above, and decoding.\n\n{_table("train", done, gpu=True)}\n\n'
+      f'{_table("decode", done, gpu=True)}')
   if lacking:
     parts.append(f'Not compiled yet: {", ".join(lacking)}.')
   parts.append(

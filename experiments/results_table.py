@@ -316,7 +316,7 @@ def evidence() -> str:
               (f'{decoder_line(own)}\n\n' if (own := load(name, 'from_scratch')) else '')
               + experience_tables([load(name, _EXPERIENCE)]))
   if record := workdir_lib.read_record(aot_table.PATH):
-    section('Qwen2.5 on TPU slices, compiled ahead of time', aot_table.section(record))
+    section('Qwen2.5 on TPU slices and on H200, compiled ahead of time', aot_table.section(record))
   from experiments.bench import cost_model  # Needs jax, which --help does not wait for.
 
   if record := workdir_lib.read_record(cost_model.PATH):

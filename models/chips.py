@@ -6,7 +6,7 @@ Sources:
 - J. Austin et al., "How to Scale Your Model", chapter "How to Think About TPUs"
   (jax-ml.github.io/scaling-book/tpus): bandwidth of one ICI link and direction, and of the data
   centre network (DCN) by chip.
-- NVIDIA's data sheets: memory, its bandwidth and dense bfloat16 FLOP/s of the SXM modules.
+- NVIDIA's data sheets: memory, its bandwidth, dense bfloat16 FLOP/s and NVLink of the SXM modules.
 - `program_bytes`: what the TPU compiler (libtpu 0.0.42.1) leaves to a program of the HBM; it names
   the number when it refuses one.
 """
@@ -28,8 +28,8 @@ class Chip:
       XLA_PYTHON_CLIENT_MEM_FRACTION (0.75 unless it is set).
     hbm_bandwidth: bytes/s.
     peak_flops: bfloat16 FLOP/s.
-    link_bandwidth: bytes/s of one ICI link in one direction; 0 of a GPU, which stands alone here.
-    torus: dimensions of its ICI network.
+    link_bandwidth: bytes/s of one ICI link in one direction; of a GPU what all its NVLinks send.
+    torus: dimensions of its ICI network; 0 where a switch joins the devices.
     dcn_bandwidth: bytes/s out of its slice.
   """
 
@@ -45,7 +45,7 @@ class Chip:
 
   def ici_bandwidth(self, group: int) -> float:
     """Bytes/s at which a device sends in a ring of `group` devices: one link in each direction."""
-    return 2 * self.link_bandwidth if group > 2 else self.link_bandwidth
+    return 2 * self.link_bandwidth if self.torus and group > 2 else self.link_bandwidth
 
 
 CHIPS = {
@@ -61,9 +61,9 @@ CHIPS = {
 
 GPUS = {
   chip.name: chip for chip in (
-    Chip('a100', 'NVIDIA A100-SXM4-80GB', 80 * 10**9, 80 * 10**9, 2.039e12, 312e12),
-    Chip('h100', 'NVIDIA H100 80GB HBM3', 80 * 10**9, 80 * 10**9, 3.35e12, 989e12),
-    Chip('h200', 'NVIDIA H200', 141 * 10**9, 141 * 10**9, 4.8e12, 989e12),
+    Chip('a100', 'NVIDIA A100-SXM4-80GB', 80 * 10**9, 80 * 10**9, 2.039e12, 312e12, 3e11),
+    Chip('h100', 'NVIDIA H100 80GB HBM3', 80 * 10**9, 80 * 10**9, 3.35e12, 989e12, 4.5e11),
+    Chip('h200', 'NVIDIA H200', 141 * 10**9, 141 * 10**9, 4.8e12, 989e12, 4.5e11),
   )
 }
 

@@ -5,11 +5,12 @@ import importlib.util
 import json
 import re
 
+import jax
 import pytest
 
 from data import workdir
 from data.errors import UserError
-from experiments import aot, aot_programs, aot_table, results_table
+from experiments import aot, aot_programs, aot_table, gpu_compiler, results_table
 from experiments.aot_programs import Settings
 from models import chips, decoder, memory, registry, sharding
 from models.lora import LoraConfig
@@ -17,6 +18,8 @@ from models.lora import LoraConfig
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
   reason=f'the TPU compiler is not there: pip install {aot_programs.LIBTPU}')
+needs_gpu_compiler = pytest.mark.skipif(
+  not gpu_compiler.is_there(), reason='the compiler for GPUs is not there: make gpu-compiler')
 
 TINY = registry.shrink(
   registry.get_config('qwen25_7b', dtype='bfloat16'), vocab_size=512, embed_dim=256, mlp_dim=512,
@@ -65,6 +68,7 @@ def test_slices_exchange_gradients_only():
   assert record['dcn_bytes'] < 4 * record['memory']['adapter'] * record['mesh']['fsdp']
 
 
+@needs_gpu_compiler
 @pytest.mark.parametrize('cache_dtype, numbers', [('', 64 * 2), ('int8', 64 + 2)])
 def test_decoding_on_a_gpu_holds_keys_and_values_once(cache_dtype, numbers):
   settings = dataclasses.replace(SMALL, max_len=1024, cache_dtype=cache_dtype)
@@ -72,10 +76,26 @@ def test_decoding_on_a_gpu_holds_keys_and_values_once(cache_dtype, numbers):
   parts = record['memory']
   cache = 2 * TINY.num_layers * TINY.num_kv_heads * 8 * 1024 * numbers
   assert record['fits'] and record['devices'] == 1 and parts['KV cache'] == cache
-  assert set(parts) == {'weights', 'KV cache', 'other arguments', 'code and results'}
-  assert record['cpu_temporaries'] > 0
+  assert record['compiler'] == 'gpu' and parts['temporaries'] > 0
   assert sum(parts.values()) == record['need_bytes'] < record['limit_bytes'] == 141 * 10**9
-  assert 'compiled by XLA for CPUs' in aot.table(record)
+  assert record['need_bytes'] < 2 * cache + 2 * parts['weights'], 'the cache is held once'
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize('topology, mesh', [
+  ('h200', '1,1,1'),
+  pytest.param('h100:8', '2,2,2', marks=pytest.mark.slow),
+  pytest.param('a100:2', '1,2,1', marks=pytest.mark.slow)])
+def test_a_train_step_with_its_kernel_is_compiled_for_gpus(topology, mesh, tmp_path):
+  text = tmp_path / 'hlo.txt'
+  record = aot.check('tiny', topology, 'train', mesh=mesh, settings=SMALL, config=TINY,
+                     text_path=text)
+  assert record['fits'] and record['compiler'] == 'gpu'
+  # The kernel forward, and two backward: for queries, and for keys and values.
+  assert len(re.findall(r'= .*custom-call\(.*__gpu\$xla.gpu.triton', text.read_text())) >= 3
+  assert bool(record['seconds']['ici']) == (record['devices'] > 1)
+  assert sum(record['memory'].values()) == record['need_bytes'] < record['limit_bytes']
+  assert 0 < record['serial']['mfu'] < record['at_best']['mfu'] <= 1
 
 
 @needs_libtpu
@@ -125,7 +145,9 @@ def test_a_mesh_may_split_the_dimensions_of_the_network(topology, sizes):
   ({'program': 'decode', 'mesh': '3,1,2'}, '--slots=8 does not divide'),
   ({'program': 'decode', 'slices': 2}, 'does not span slices'),
   ({'program': 'serve'}, 'choose from train'),
-  ({'topology': 'h200'}, '--topology=h200 is one GPU'),
+  ({'topology': 'h200', 'slices': 2}, '--topology=h200 has no slices'),
+  ({'topology': 'h200:16'}, '--topology=h200:16: give 1 to 8 GPUs'),
+  ({'topology': 'h200:2x2'}, 'give the number of GPUs, as in h200:8'),
   ({'settings': Settings(cache_dtype='int4')}, '--cache_dtype=int4'),
   ({'settings': Settings(remat='some')}, '--remat=some'),
 ])
@@ -141,6 +163,21 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
     aot.check('qwen25_7b', 'v5e:2x4', 'train')
 
 
+def test_without_the_compiler_for_gpus_it_says_how_to_get_it(monkeypatch, tmp_path):
+  monkeypatch.setattr(gpu_compiler, 'FOLDER', tmp_path)
+  monkeypatch.setattr(gpu_compiler, '_plugin', lambda: None)
+  gpu_compiler._register.cache_clear()
+  with pytest.raises(UserError, match='make gpu-compiler'):
+    aot.check('qwen25_7b', 'h200', 'train')
+
+
+def test_the_compiler_for_gpus_is_that_of_this_jax():
+  with open('requirements-gpu-compiler.txt', encoding='utf-8') as file:
+    wanted = [line.strip() for line in file if line.startswith('jax')]
+  assert len(wanted) == 2
+  assert all(line.endswith(f'=={jax.__version__}') for line in wanted)
+
+
 def test_the_compiler_named_is_the_one_required():
   with open('requirements-dev.txt', encoding='utf-8') as file:
     assert aot_programs.LIBTPU in file.read()
@@ -152,15 +189,15 @@ def fake(cell):
   rate = lambda tokens, mfu: {'tokens_per_s': devices * tokens, 'mfu': mfu}
   return {
     'devices': devices, 'mesh': {'slice': cell.slices, 'data': 1, 'fsdp': 16, 'tensor': 1},
-    'remat': 'mlp', 'settings': {'slots': 64}, 'fits': True, 'need_bytes': 13 * 2**30,
-    'limit_bytes': 16 * 2**30, 'traffic_bytes': 2**30, 'seconds': {}, 'bound': 'hbm',
+    'remat': 'mlp', 'settings': {'slots': 64, 'cache_dtype': ''}, 'fits': True,
+    'need_bytes': 13 * 2**30, 'limit_bytes': 16 * 2**30, 'traffic_bytes': 2**30, 'seconds': {}, 'bound': 'hbm',
     'collectives': {'all-gather': {'bytes': 2**30, 'count': 1}},
     'serial': rate(100, 0.25), 'at_best': rate(200, 0.5)}
 
 
 def test_the_table_goes_on_where_it_was_and_shows_what_lacks(tmp_path, monkeypatch):
   done = aot_table.cells()
-  assert len({cell.name for cell in done}) == len(done) == 39
+  assert len({cell.name for cell in done}) == len(done) == 49
   # Two cells are there, one of which was refused.
   one, other = (c for c in done if c.model == 'qwen25_7b' and c.topology == 'v5e:16x16'
                 and c.program == 'train' and c.slices < 4)
@@ -174,7 +211,7 @@ def test_the_table_goes_on_where_it_was_and_shows_what_lacks(tmp_path, monkeypat
   record = aot_table.collect(tmp_path, {})
   page = aot_table.section(record)
   assert '| v5e:16x16 x 2 | 32 |' in page and '13.0 of 16.0, does not fit' in page
-  assert 'Not compiled yet: ' in page and '2 of 39 cells' in page and aot_table.PLOT.name in page
+  assert 'Not compiled yet: ' in page and '2 of 49 cells' in page and aot_table.PLOT.name in page
   drawn = aot_table.plot(record['cells'])
   assert drawn.startswith('<svg') and 'Qwen2.5 7B' in drawn and 'nan' not in drawn
   # What lacks is compiled, what is there is not.
