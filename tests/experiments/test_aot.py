@@ -190,7 +190,8 @@ def fake(cell):
   return {
     'devices': devices, 'mesh': {'slice': cell.slices, 'data': 1, 'fsdp': 16, 'tensor': 1},
     'remat': 'mlp', 'settings': {'slots': 64, 'cache_dtype': ''}, 'fits': True,
-    'need_bytes': 13 * 2**30, 'limit_bytes': 16 * 2**30, 'traffic_bytes': 2**30, 'seconds': {}, 'bound': 'hbm',
+    'need_bytes': 13 * 2**30, 'limit_bytes': 16 * 2**30, 'traffic_bytes': 2**30,
+    'seconds': {}, 'bound': 'hbm',
     'collectives': {'all-gather': {'bytes': 2**30, 'count': 1}},
     'serial': rate(100, 0.25), 'at_best': rate(200, 0.5)}
 
