@@ -163,8 +163,9 @@ def section(record: Mapping[str, Any]) -> str:
   parts = [
     'Nothing here has run on a TPU or an H200. The programs were compiled for them by their own '
     'compilers, which say what memory they take; FLOPs and bytes moved are counted from the '
-    'architecture, bytes sent are read from the compiled program. Tokens/s and MFU are bounds, not measurements: from '
-    'every resource at its peak one after the other, to all of them at the same time.',
+    'architecture, bytes sent are read from the compiled program. Tokens/s and MFU are bounds, not '
+    'measurements: from every resource at its peak one after the other, to all of them at the same '
+    'time.',
     'Training: LoRA of rank 64, rows of 4,096 tokens, one a device, a quarter of the tokens with a '
     f'loss.\n\n{_table("train", done)}',
     'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full.\n\n'
