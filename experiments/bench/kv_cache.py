@@ -1,12 +1,14 @@
 """What it costs to keep keys and values in fewer bits: error of the logits, and games won.
 
-  python -m experiments.bench.kv_cache
+  python -m experiments.bench.kv_cache --adapter=RUN/lora/adapter
 
 Logits: a model reads expert episodes through a cache, block by block, every token a key and value
 that all later ones read as they are kept. Against the same with a cache in float32: relative root
 mean square of the logits, KL in nats of the next token's distribution (mean over tokens), and the
 share of tokens whose likeliest next token stays the same. Games: the repository's small decoder
-plays the same houses greedily with each cache; a game is paired with itself.
+plays the same houses greedily with each cache; a game is paired with itself. Few of them are won
+without an adapter: RUN is an experience retrieval of `setting=small`, whose easy skills it was
+trained on.
 """
 
 import pathlib
@@ -72,22 +74,28 @@ def measure_logits(model: str, episodes: int) -> dict[str, Any]:
     'top1': float(s[3] / tokens)} for dtype, s in sums.items()]}
 
 
-def measure_games(games: int, folder: pathlib.Path) -> dict[str, Any]:
+def measure_games(games: int, folder: pathlib.Path, adapter: str = '') -> dict[str, Any]:
   """Success over the same houses with each cache, without hints and experiences.
 
+  Args:
+    games: with each.
+    folder: for the episodes.
+    adapter: PEFT folder; with one the skills are the easy ones, else the hard ones.
+
   Returns:
-    {'model', 'rows': one dict for each of DTYPES with 'dtype', 'n', 'success_rate',
+    {'model', 'skills', 'rows': one dict for each of DTYPES with 'dtype', 'n', 'success_rate',
     'success_ci95', 'same_tokens' (share of the games in which every token is the reference's),
     'difference' and 'ci95' (paired, against the first row)}.
   """
   import rollout
 
-  # Its houses and limits, and the layout of its lessons; skills whose words it never saw.
+  # Its houses and limits; nothing stands in the prompt, so that all layouts are the same.
   chosen = experience_config.get_config('setting=small')
   values = {key: chosen[key] for key in _OF_THE_SETTING}
+  kind = 'easy' if adapter else 'hard'
   values.update(
-    dtype='float32', skills=chosen.hard_skills, task_types=chosen.hard_types, memory='none',
-    episodes=games, split=chosen.eval_split)
+    dtype='float32', skills=chosen[f'{kind}_skills'], task_types=chosen[f'{kind}_types'],
+    memory='none', episodes=games, split=chosen.eval_split, adapter=adapter)
   rows, reference = [], None
   for dtype in DTYPES:
     config = rollout_config.make({**values, 'cache_dtype': dtype})
@@ -96,13 +104,15 @@ def measure_games(games: int, folder: pathlib.Path) -> dict[str, Any]:
     reference = reference or played
     same = [a.tokens.tolist() == b.tokens.tolist()
             for a, b in zip(played, reference, strict=True)]
-    won = summary.row(played, id=dtype, policy='base', memory='none', split=config.split, seed=0)
+    won = summary.row(
+      played, id=dtype, policy='adapter' if adapter else 'base', memory='none',
+      split=config.split, seed=0)
     pair = summary.paired(played, reference, a_id=dtype, b_id=DTYPES[0])
     rows.append({
       'dtype': dtype, 'same_tokens': sum(same) / len(same),
       **{key: won[key] for key in ('n', 'success_rate', 'success_ci95')},
       **{key: pair[key] for key in ('difference', 'ci95')}})
-  return {'model': chosen.model, 'rows': rows}
+  return {'model': chosen.model, 'skills': kind, 'rows': rows}
 
 
 def section(record: dict[str, Any]) -> str:
@@ -116,8 +126,9 @@ def section(record: dict[str, Any]) -> str:
     f'| {r["dtype"]} | {r["token_bytes"]:,.0f} | {r["logits"]:.5f} | {r["kl"]:.1e} | '
     f'{100 * r["top1"]:.2f} |' for r in logits['rows']]
   lines += [
-    '', f'The same {games["rows"][0]["n"]} houses with each cache, greedy ({games["model"]}, '
-    'skills that it was not trained on, nothing retrieved):', '',
+    '', f'The same {games["rows"][0]["n"]} houses with each cache, greedy ({games["model"]}'
+    f'{" with an adapter" if games["skills"] == "easy" else ""}, {games["skills"]} skills, nothing '
+    'retrieved):', '',
     '| cache | success % (95 % interval) | against float32 | games with equal tokens % |',
     '|---|---|---|---|']
   for r in games['rows']:
@@ -136,7 +147,7 @@ def main(_) -> None:
         f'{1 + f.episodes / 8 + f.games / 100:.0f} minutes', file=sys.stderr, flush=True)
   record: dict[str, Any] = {'logits': measure_logits(f.model, f.episodes)}
   with tempfile.TemporaryDirectory() as folder:
-    record['games'] = measure_games(f.games, pathlib.Path(folder))
+    record['games'] = measure_games(f.games, pathlib.Path(folder), f.adapter)
   record['measured'] = summary.measured('experiments.bench.kv_cache', ('jax', 'jaxlib', 'flax'))
   workdir_lib.write_json(pathlib.Path(f.out), record)
   print(section(record))
@@ -146,6 +157,7 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'model', 'smollm2_135m', 'Whose logits are compared: a name of models/registry.py, or a path.')
   flags.DEFINE_integer('episodes', 8, 'That they read.', lower_bound=1)
+  flags.DEFINE_string('adapter', '', 'PEFT folder that plays; none by default.')
   flags.DEFINE_integer('games', 200, 'Played with each cache.', lower_bound=1)
   flags.DEFINE_string('out', str(PATH), 'JSON file to write.')
   cli.run(main, required=())
