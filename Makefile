@@ -47,6 +47,7 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt constraints.txt | $(BIN)/pyt
 # In a folder of its own: in the environment JAX would look for a GPU at every start.
 .cache/gpu_compiler/.done: requirements-gpu-compiler.txt | $(BIN)/python
 	rm -rf $(@D)
+	mkdir -p $(@D)
 	$(PIP) --no-deps --target $(@D) -r requirements-gpu-compiler.txt
 	@touch $@
 
