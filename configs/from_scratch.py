@@ -39,6 +39,7 @@ DEFAULTS = dict(
   experience_format='summary',  # of it: chat, flat, summary
   # Household: lists of rules and the replies that follow from them, which teach to look up.
   drills=20000,
+  search_drills=0,  # likewise: labels one after the other, until one tells the goal's state
   loss_on='action',  # the replies; or all
   **{key: hint_distillation.DEFAULTS[key] for key in _OF_THE_LOOP},
   # The optimizer.

@@ -196,6 +196,15 @@ class Problem:
       self.states[thing_of[thing]].add(state)
 
 
+LABEL = 'A label reads:'
+
+
+def label(rule: Rule) -> str:
+  """What an appliance's label says of a rule."""
+  while_ = f' while it is {rule.precondition}' if rule.precondition else ''
+  return f'{LABEL} {rule.verb} things here{while_} to make them {rule.state}.'
+
+
 class Game:
   """One household game.
 
@@ -394,16 +403,12 @@ class Game:
     receptacle = self._here(name)
     if receptacle is not None:
       rules = self._held_rules.get(self.problem.receptacle_types[receptacle], ())
-      labels = [self._label(rule) for rule in rules] if self._explains else []
+      labels = [label(rule) for rule in rules] if self._explains else []
       return ' '.join([self._describe(receptacle), *labels])
     thing = self.problem.thing_by_name.get(name)
     if thing is None or thing != self.held:
       return NOTHING
     return self._describe_thing(thing)
-
-  def _label(self, rule: Rule) -> str:
-    while_ = f' while it is {rule.precondition}' if rule.precondition else ''
-    return f'A label reads: {rule.verb} things here{while_} to make them {rule.state}.'
 
   def _describe_thing(self, thing: int) -> str:
     name = self.problem.thing_names[thing]

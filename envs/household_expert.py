@@ -58,6 +58,11 @@ def plan_thought(rule: Rule) -> str:
   return f'To make it {rule.state} I {rule.verb} it with the {rule.appliance}.'
 
 
+def search_thought(state: str, place: str) -> str:
+  """Why it goes to an appliance whose label it has not read."""
+  return f'I do not know what makes it {state}. I try the {place}.'
+
+
 def use_thought(rule: Rule) -> str:
   """Why it does there what it does."""
   return f'The {rule.appliance} makes it {rule.state}. I {rule.verb} it here.'
@@ -300,7 +305,7 @@ class Expert:
     if not self._in_order:
       self._rng.shuffle(places)
     for place in places:
-      yield from self._go(place, f'I do not know what makes it {state}. I try the {place}.')
+      yield from self._go(place, search_thought(state, place))
       yield Decision(f'examine {place}', f'I read the label of the {place}.')
       rule = self._labels.get(place.split()[0])
       if rule and rule.state == state:

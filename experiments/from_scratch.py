@@ -43,7 +43,7 @@ from data import bpe, errors, summary, trajectory
 from data import workdir as workdir_lib
 from data.tokenizer import Tokenizer
 from envs import base as envs_base
-from envs import household_expert, household_games, household_skills
+from envs import household, household_expert, household_games, household_skills
 from envs.base import Decision, Environment, ScriptedExpert, StepResult, Suite, Task
 from experiments import warm_start
 from retrieval import experience as experience_lib
@@ -51,6 +51,7 @@ from retrieval import hint_rules
 from training import dataset, packing
 
 _DRILL_RULES = (1, 4)  # in one drill, from and to; one alone is the first step of looking it up
+_SEARCHED = 5  # appliances of a search drill, as in the games
 _SAMPLED_LESSONS = 40  # of which the cost is predicted
 _OTHER_WORLD = 1000  # added to the seed: the ids of products begin alike in both catalogues
 
@@ -289,6 +290,53 @@ def drill(tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain') -> 
         (f'{rule.verb} {thing} 1 with {place}', household_expert.use_thought(rule))):
       replies = reply_format.render(Decision(action, thought), goal, ())
       pieces += [(f'{reply}\n', True) for reply in replies]
+  return _drilled(tokenizer, pieces, key)
+
+
+def search_drill(
+  tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain'
+) -> packing.Example:
+  """A room, a goal, and labels one after the other: what an expert replies to each.
+
+  Whether a label tells the state of the goal, and which appliance is the next of the room, is asked
+  once or twice in an episode of 630 tokens; here after every label. Two words have to be compared
+  for it: from 10 million tokens of episodes a small decoder learned the verb of a label and, in
+  three of four cases, the next appliance, and took a fifth of the right labels for right.
+  """
+  key = f'search drill {seed} {index}'
+  rng = random.Random(key)
+  words = invented_states(key)
+  rules = [
+    dataclasses.replace(rule, state=words[rule.state])
+    for rule in sorted(rng.sample(household_skills.draw('warm', seed, key), _SEARCHED),
+                       key=lambda rule: rule.appliance)]
+  wanted = rng.choice(rules)
+  thing = rng.choice(household_games.SKILL_THINGS).lower()
+  furniture = rng.sample(household_games.SURFACES, rng.randint(1, 2))
+  places = sorted([*(r.appliance for r in rules), *map(str.lower, furniture)])
+  goal = f'make a {wanted.state} {thing}.'
+  room = ', '.join(f'a {place} 1' for place in places[:-1])
+  pieces = [(f'You see {room}, and a {places[-1]} 1.\nYour task is to: {goal}\n', False)]
+  reply_format = formats.get_format(agent)
+  for rule in rules:
+    place = f'{rule.appliance} 1'
+    decision = Decision(
+      f'go to {place}', household_expert.search_thought(wanted.state, place))
+    replies = reply_format.render(decision, goal, ())
+    pieces += [(f'{reply}\n', True) for reply in replies]
+    pieces.append((f'On the {place}, you see nothing. {household.label(rule)}\n', False))
+    if rule is wanted:
+      break
+  decision = Decision(
+    f'{rule.verb} {thing} 1 with {place}', household_expert.use_thought(rule))
+  pieces += [(f'{reply}\n', True) for reply in reply_format.render(decision, goal, ())]
+  return _drilled(tokenizer, pieces, key)
+
+
+def _drilled(
+  tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]], key: str
+) -> packing.Example:
+  """One example of (text, whether it has a loss)."""
   tokens, mask = [], []
   for text, loss in pieces:
     ids = tokenizer.encode(text)
@@ -367,7 +415,8 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
 
   Returns:
     'replies': share of all replies of which every token is the likeliest one; 'rule': the same for
-    the replies that name a verb and its appliance, the last ones of solved tasks.
+    the replies that name a verb and its appliance, the last ones of solved tasks; 'label': the same
+    for those to a label, which may tell the goal's state or not.
   """
   import jax
 
@@ -381,7 +430,7 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
     return jax.numpy.einsum('btd,vd->btv', hidden, kernel).argmax(-1)[0]
 
   width = max(len(episode.tokens) for episode in episodes)
-  right, rule = [], []
+  right, rule, label = [], [], []
   for episode in episodes:
     # Padding follows the episode, and no token sees what follows it.
     tokens = np.zeros((1, width), np.int32)
@@ -392,7 +441,10 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
     found = [bool((likeliest[r - 1] == episode.tokens[r]).all()) for r in replies]
     right += found
     rule += found[-1:] if episode.success else []
-  return {'replies': float(np.mean(right)), 'rule': float(np.mean(rule or [0.0]))}
+    label += [after for after, step in zip(found[1:], episode.steps, strict=False)
+              if household.LABEL in step.observation]
+  return {name: float(np.mean(values or [0.0])) for name, values in (
+    ('replies', right), ('rule', rule), ('label', label))}
 
 
 def predict(config, lessons: Lessons, tokenizer: Tokenizer, architecture) -> dict[str, float]:
@@ -406,10 +458,12 @@ def predict(config, lessons: Lessons, tokenizer: Tokenizer, architecture) -> dic
 
   own = [len(e.tokens) for e in lessons.play(
     tokenizer, 'train', min(_SAMPLED_LESSONS, config.episodes))]
-  drills = [len(drill(tokenizer, config.seed, index, config.agent).tokens)
-            for index in range(min(_SAMPLED_LESSONS, config.drills))]
-  tokens = config.epochs * (
-    config.episodes * np.mean(own) + config.drills * np.mean(drills or [0]))
+  tokens = config.episodes * np.mean(own)
+  for make, count in ((drill, config.drills), (search_drill, config.search_drills)):
+    sampled = [len(make(tokenizer, config.seed, index, config.agent).tokens)
+               for index in range(min(_SAMPLED_LESSONS, count))]
+    tokens += count * np.mean(sampled or [0])
+  tokens *= config.epochs
   flops = cost.train_flops(architecture, None, tokens, tokens, np.mean(own) / 2)
   seconds = speed.predict_seconds(flops, speed.product_rate(config.dtype))
   return {'tokens': float(tokens), 'minutes': seconds / 60}
@@ -425,12 +479,14 @@ def check(config) -> None:
 
   train.check(config)
   if min(config.episodes, config.tokenizer_episodes, config.held_out_episodes) < 1 or (
-      config.drills < 0):
+      min(config.drills, config.search_drills) < 0):
     raise errors.UserError(
-      'episodes, tokenizer_episodes and held_out_episodes must be at least 1, drills at least 0.')
+      'episodes, tokenizer_episodes and held_out_episodes must be at least 1, drills and '
+      'search_drills at least 0.')
   experience_lib.get_format(config.experience_format)
-  if config.drills and config.env != 'household':
-    raise errors.UserError(f'drills are about houses; set drills=0 with env={config.env}.')
+  if (config.drills or config.search_drills) and config.env != 'household':
+    raise errors.UserError(
+      f'drills are about houses; set drills=0 and search_drills=0 with env={config.env}.')
   for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
     if config[name] < 1:
       raise errors.UserError(f'{name} must be at least 1.')
@@ -470,8 +526,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     lessons, config.vocab_size, config.tokenizer_episodes, workdir / 'tokenizer')
   architecture = make_config(config, tokenizer.vocab_size)
   predicted = predict(config, lessons, tokenizer, architecture)
-  print(f'{config.episodes} lessons and {config.drills} drills: {predicted["tokens"]:,.0f} tokens, '
-        f'at least {predicted["minutes"]:.0f} min of training', flush=True)
+  print(f'{config.episodes} lessons and {config.drills + config.search_drills} drills: '
+        f'{predicted["tokens"]:,.0f} tokens, at least {predicted["minutes"]:.0f} min of training',
+        flush=True)
   # Played anew by a run that goes on: that is faster than to keep and read them.
   examples = []
   rules = dataset.Rules(drop_memory=False, loss_on=config.loss_on)
@@ -484,6 +541,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     raise errors.UserError(
       f'No episode fits into row_len={config.row_len}; the shortest has {shortest} tokens.')
   examples += [drill(tokenizer, config.seed, i, config.agent) for i in range(config.drills)]
+  examples += [
+    search_drill(tokenizer, config.seed, i, config.agent) for i in range(config.search_drills)]
   rows = packing.pack(examples, config.row_len)
   if rows.too_long:
     print(f'{len(rows.too_long)} episodes are longer than row_len={config.row_len} and left out.',
@@ -515,6 +574,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     'vocabulary': tokenizer.vocab_size,
     'episodes': config.episodes,
     'drills': config.drills,
+    'search_drills': config.search_drills,
     'too_long': len(rows.too_long),
     'held_out': held_out,
     'predicted': predicted,

@@ -135,7 +135,7 @@ def decoder_line(record: Mapping[str, Any]) -> str:
     100 * record['held_out'][key]['rule' if record['drills'] else 'replies']
     for key in ('told', 'untold'))
   if record['drills']:
-    drills = f' and {record["drills"]:,} drills'
+    drills = f' and {record["drills"] + record.get("search_drills", 0):,} drills'
     reads = (f'it names the right verb and appliance in {told:.0f} % where a hint tells them, and '
              f'in {untold:.0f} % where a label does.')
   else:

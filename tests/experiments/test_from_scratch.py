@@ -24,7 +24,8 @@ from training import checkpoint, packing
 from training import step as step_lib
 
 TINY = ('vocab_size=420,embed_dim=32,num_layers=2,num_heads=2,num_kv_heads=1,mlp_dim=48,'
-        'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=10,row_len=1024,checkpoint_every=4,dtype=float32')
+        'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=6,search_drills=4,'
+        'row_len=1024,checkpoint_every=4,dtype=float32')
 HOSTILE = 'Wo liegt "Gießkanne" 12?\n\n<|im_end|>\t🙂 cafe\u0301\x00'
 
 
@@ -54,7 +55,7 @@ def test_a_run_makes_a_folder_and_is_finished_then(finished, capsys):
   assert record['predicted']['tokens'] == pytest.approx(record['tokens'])
   assert record['predicted']['minutes'] > 0
   for accuracy in record['held_out'].values():
-    assert 0 <= accuracy['rule'] <= 1 and 0 <= accuracy['replies'] <= 1
+    assert all(0 <= accuracy[key] <= 1 for key in ('rule', 'replies', 'label'))
   assert from_scratch.run(config_lib.get_config(TINY), workdir) == record
   assert 'finished already' in capsys.readouterr().err
   with pytest.raises(UserError, match='episodes'):
@@ -314,12 +315,43 @@ def test_reply_accuracy_counts_whole_replies(finished):
     for wrong in wrongs:
       ids = [*reply(ids, wrong), 9, 10]
       kinds += [trajectory.KIND['action']] * 3 + [trajectory.KIND['observation']] * 2
-    return types.SimpleNamespace(tokens=np.array(ids), kinds=np.array(kinds), success=success)
+    # Every reply but the first is one to a label.
+    steps = [types.SimpleNamespace(observation='On it, a mug 1. A label reads: so') for _ in wrongs]
+    return types.SimpleNamespace(
+      tokens=np.array(ids), kinds=np.array(kinds), success=success, steps=steps)
 
   episodes = [
     episode(True, False, False), episode(True, False, True), episode(False, True, False, True)]
   accuracy = from_scratch.reply_accuracy(model, state, episodes)
-  assert accuracy == {'replies': 4 / 7, 'rule': 1 / 2}
+  assert accuracy == {'replies': 4 / 7, 'rule': 1 / 2, 'label': 2 / 5}
+
+
+@pytest.mark.parametrize('agent', ['plain', 'react'])
+def test_a_search_drill_reads_labels_until_one_tells_the_state(finished, agent):
+  tokenizer = Tokenizer.load(finished[0] / 'tokenizer')
+  lengths = set()
+  for index in range(12):
+    example = from_scratch.search_drill(tokenizer, 0, index, agent)
+    assert (example.tokens == from_scratch.search_drill(tokenizer, 0, index, agent).tokens).all()
+    starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
+    room, *parts = (tokenizer.decode(part) for part in np.split(example.tokens, starts))
+    replies, labels = parts[::2], parts[1::2]
+    wanted, thing = re.search(r'make a (\w+) (\w+)\.', room).groups()
+    listed = [name for name in re.findall(r'a (\w+) 1', room)
+              if name in household_skills.APPLIANCES]
+    assert len(listed) == 5 and listed == sorted(listed)
+    told = [re.search(r'On the (\w+) 1, .* reads: (\w+) things here to make them (\w+)\.', label)
+            .groups() for label in labels]
+    # In the order of the room, up to the one that tells it.
+    assert [appliance for appliance, _, _ in told] == listed[:len(told)]
+    assert [state == wanted for _, _, state in told] == [False] * (len(told) - 1) + [True]
+    for appliance, reply in zip(listed, replies[:-1], strict=False):
+      assert reply.splitlines()[-1] == f'go to {appliance} 1'
+      assert (f'what makes it {wanted}. I try the {appliance} 1.' in reply) == (agent == 'react')
+    appliance, verb, _ = told[-1]
+    assert replies[-1].splitlines()[-1] == f'{verb} {thing} 1 with {appliance} 1'
+    lengths.add(len(told))
+  assert len(lengths) > 2
 
 
 @pytest.mark.parametrize('agent', ['plain', 'react'])
