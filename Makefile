@@ -3,6 +3,7 @@
 # make test   every test but the slow ones (makes the environment if it is not there)
 # make test-all   the slow ones too: hundreds of games against TextWorld, kills at random moments
 # make setup  .venv with all that tests and benchmarks need
+# make java   ScienceWorld's part in Java, after a change to it (needs javac)
 # make gpu-compiler   XLA's compiler for NVIDIA GPUs, for experiments.aot (a part of setup)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
-.PHONY: demo demo-experience test test-all setup gpu-compiler lint clean
+.PHONY: demo demo-experience test test-all setup gpu-compiler java lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m experiments.hint_distillation --config=configs/hint_distillation.py:model=smollm2_135m --workdir=runs/demo
@@ -27,6 +28,9 @@ test-all: setup
 setup: $(VENV)/.dev gpu-compiler
 
 gpu-compiler: .cache/gpu_compiler/.done
+
+java: setup
+	$(BIN)/python -c 'from envs import scienceworld_java; scienceworld_java.build()'
 
 lint: setup
 	$(BIN)/ruff check .

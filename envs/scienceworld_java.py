@@ -1,20 +1,18 @@
 """What is added to ScienceWorld's simulator in its Java process, so that a step takes milliseconds.
 
-  python -m envs.scienceworld_java    # compiles envs/java anew; needs a JDK (javac)
-
-fast_game.jar holds envs/java/hintsight/FastGame.java, compiled for Java 8: steps without the
-logging of all names, and a parser that spells out only the names that an input begins with. And
-the class of all objects is changed as it is read from the package (`with_ours`). It gets a hash of
-its own, as it has an equality of its own: without one, its sets are searched one by one, or go
-through their objects in another order in every run. And what lies within an object, which goals ask
-for at every step, is collected in one set and not copied at every level.
+fast_game.jar holds envs/java/hintsight/FastGame.java, compiled for Java 8 (`make java` does it anew,
+with the javac of a JDK): steps without the logging of all names, and a parser that spells out only
+the names that an input begins with. And the class of all objects is changed as it is read from the
+package (`with_ours`). It gets a hash of its own, as it has an equality of its own: without one, its
+sets are searched one by one, or go through their objects in another order in every run. And what
+lies within an object, which goals ask for at every step, is collected in one set and not copied at
+every level.
 """
 
 import hashlib
 import pathlib
 import struct
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -153,7 +151,7 @@ def classpath(simulator: str | pathlib.Path, folder: str | pathlib.Path) -> list
   """
   if not JAR.exists():
     raise UserError(
-      f'{JAR} is missing; check it out again, or make it: `python -m envs.scienceworld_java`.')
+      f'{JAR} is missing; check it out again, or make it: `make java`.')
   try:
     with zipfile.ZipFile(simulator) as archive:
       changed = with_ours(archive.read(OBJECT_CLASS))
@@ -202,10 +200,3 @@ def build() -> None:
     for name, content in files.items():
       # The same classes always make the same file.
       archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
-
-
-if __name__ == '__main__':
-  try:
-    build()
-  except UserError as problem:
-    sys.exit(f'Error: {problem}')

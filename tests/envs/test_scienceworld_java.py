@@ -59,10 +59,10 @@ def test_steps_are_those_of_the_official_interface(servers, task_type):
 
 
 def test_the_jar_is_made_from_its_source(tmp_path, monkeypatch):
-  """After a change to the Java: python -m envs.scienceworld_java."""
+  """After a change to the Java: make java."""
   assert scienceworld_java.built_digest() == scienceworld_java.source_digest()
   monkeypatch.setattr(scienceworld_java, 'JAR', tmp_path / 'none.jar')
-  with pytest.raises(errors.UserError, match=r'none.jar is missing; .* envs.scienceworld_java'):
+  with pytest.raises(errors.UserError, match=r'none\.jar is missing; .*make java'):
     scienceworld_java.classpath('any', tmp_path)
   # It needs the simulator's classes, and javac.
   pytest.importorskip('scienceworld')

@@ -323,7 +323,7 @@ def test_reply_accuracy_counts_whole_replies(finished):
   episodes = [
     episode(True, False, False), episode(True, False, True), episode(False, True, False, True)]
   accuracy = from_scratch.reply_accuracy(model, state, episodes)
-  assert accuracy == {'replies': 4 / 7, 'rule': 1 / 2, 'label': 2 / 5}
+  assert accuracy == {'replies': 4 / 7, 'rule': 1 / 2, 'label': 1 / 2}
 
 
 @pytest.mark.parametrize('agent', ['plain', 'react'])
