@@ -1,12 +1,12 @@
 """What is added to ScienceWorld's simulator in its Java process, so that a step takes milliseconds.
 
-fast_game.jar holds envs/java/hintsight/FastGame.java, compiled for Java 8 (`make java` does it anew,
-with the javac of a JDK): steps without the logging of all names, and a parser that spells out only
-the names that an input begins with. And the class of all objects is changed as it is read from the
-package (`with_ours`). It gets a hash of its own, as it has an equality of its own: without one, its
-sets are searched one by one, or go through their objects in another order in every run. And what
-lies within an object, which goals ask for at every step, is collected in one set and not copied at
-every level.
+fast_game.jar holds envs/java/hintsight/FastGame.java, compiled for Java 8 (`make java` does it
+anew, with the javac of a JDK): steps without the logging of all names, and a parser that spells
+out only the names that an input begins with. And the class of all objects is changed as it is
+read from the package (`with_ours`). It gets a hash of its own, as it has an equality of its
+own: without one, its sets are searched one by one, or go through their objects in another order
+in every run. And what lies within an object, which goals ask for at every step, is collected in
+one set and not copied at every level.
 """
 
 import hashlib
