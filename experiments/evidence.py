@@ -34,8 +34,8 @@ _REACT = f'{_CONTEXT},max_calls=28'
 # where neither hint nor experience helps.
 _DECODER = (
   f'{_CONTEXT},max_env_steps=16,max_calls=44,lesson_options=expert_in_order:true,'
-  'max_new_tokens=40,row_len=1152,loss_on=all,episodes=7000,drills=12000,search_drills=18000,'
-  'expert_error_rate=0.05,learning_rate=3e-3')
+  'max_new_tokens=40,row_len=1152,loss_on=all,episodes=16000,drills=22000,expert_error_rate=0.1,'
+  'learning_rate=3e-3')
 
 
 @dataclasses.dataclass(frozen=True)
