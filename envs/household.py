@@ -95,7 +95,8 @@ def _join(items: Sequence[str]) -> str:
   return ', '.join(items[:-1]) + ', and ' + items[-1]
 
 
-def _listing(names: Sequence[str]) -> str:
+def listing(names: Sequence[str]) -> str:
+  """'a x 1, and a y 1': what one sees."""
   return _join([f'a {name}' for name in names])
 
 
@@ -304,7 +305,7 @@ class Game:
     if receptacle in self.problem.openable and receptacle not in self.opened:
       return f'The {name} is closed.'
     names = self.problem.thing_names
-    inside = _listing([names[thing] for thing in sorted(self.contents[receptacle])])
+    inside = listing([names[thing] for thing in sorted(self.contents[receptacle])])
     if receptacle in self.problem.openable:
       return f'The {name} is open. In it, you see {inside}.'
     return f'On the {name}, you see {inside}.'
@@ -314,7 +315,7 @@ class Game:
     here = problem.receptacles_at.get(self.location, ())
     if not here:
       # The rule lists what stands where the agent is; only the first look is not bound to a place.
-      seen = _listing(problem.receptacle_names) if first else 'nothing'
+      seen = listing(problem.receptacle_names) if first else 'nothing'
       return f'You are in the middle of a room. Looking quickly around you, you see {seen}.'
     facing = _join([problem.receptacle_names[receptacle] for receptacle in here])
     floor = [
@@ -324,7 +325,7 @@ class Game:
       for receptacle in here
       if (thing, receptacle) in self._taken_out
     ]
-    return f'You are facing the {facing}. Next to it, you see {_listing(floor)}.'
+    return f'You are facing the {facing}. Next to it, you see {listing(floor)}.'
 
   def _inventory(self) -> str:
     if self.held is None:
@@ -414,7 +415,7 @@ class Game:
     name = self.problem.thing_names[thing]
     states = self.states.get(thing, frozenset())
     if thing in self.problem.vessels:
-      inner = _listing([self.problem.thing_names[i] for i in sorted(self.problem.inner[thing])])
+      inner = listing([self.problem.thing_names[i] for i in sorted(self.problem.inner[thing])])
       return f'This is a normal {name}. In it, you see {inner}.'
     if self._explains:
       if states:

@@ -204,7 +204,7 @@ class Expert:
     return None
 
   def _search_order(self, kind: str) -> list[str]:
-    """All receptacles, the likely ones first, within a kind in random order, appliances last."""
+    """All receptacles, appliances last: as the room lists them, or the likely kinds first."""
     order = list(self._receptacles)
     if self._in_order:
       return sorted(order, key=lambda place: place.split()[0] in APPLIANCES)

@@ -101,12 +101,11 @@ def with_ours(data: bytes) -> bytes:
     raise ValueError('not a class file')
   if _text(b'hashCode') in data:
     raise ValueError('EnvObject has a hashCode already')
-  count, end = _u2(data, 8), _pool_end(data)
+  first, end = _u2(data, 8), _pool_end(data)  # Entries are added from the first free index on.
   # The pool is followed by access flags, this class, its parent and its interfaces.
   this, fields = _u2(data, end + 2), end + 8 + 2 * _u2(data, end + 6)
   methods = _members_end(data, fields)
   after = _members_end(data, methods)
-  first = count
   added = [
     _text(b'Code'), _text(b'hashCode'), _text(b'()I'),
     _text(b'uuid'), _text(b'()J'), _entry(_NAME_AND_TYPE, first + 3, first + 4),
@@ -135,7 +134,7 @@ def with_ours(data: bytes) -> bytes:
   if not found or _text(b'uuid') not in data:
     raise ValueError('EnvObject has other methods')
   return b''.join((
-    data[:8], struct.pack('>H', count + len(added)), data[10:end], *added, data[end:methods],
+    data[:8], struct.pack('>H', first + len(added)), data[10:end], *added, data[end:methods],
     struct.pack('>H', len(kept) + 1), *kept, hashed, data[after:]))
 
 

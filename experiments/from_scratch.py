@@ -313,10 +313,10 @@ def search_drill(
   wanted = rng.choice(rules)
   thing = rng.choice(household_games.SKILL_THINGS).lower()
   furniture = rng.sample(household_games.SURFACES, rng.randint(1, 2))
-  places = sorted([*(r.appliance for r in rules), *map(str.lower, furniture)])
+  room = sorted(f'{name} 1' for name in (
+    *(rule.appliance for rule in rules), *map(str.lower, furniture)))
   goal = f'make a {wanted.state} {thing}.'
-  room = ', '.join(f'a {place} 1' for place in places[:-1])
-  pieces = [(f'You see {room}, and a {places[-1]} 1.\nYour task is to: {goal}\n', False)]
+  pieces = [(f'You see {household.listing(room)}.\nYour task is to: {goal}\n', False)]
   reply_format = formats.get_format(agent)
   for rule in rules:
     place = f'{rule.appliance} 1'
