@@ -19,11 +19,14 @@ demo: $(VENV)/.runtime
 demo-experience: $(VENV)/.runtime
 	$(BIN)/python -m experiments.experience_retrieval --config=configs/experience_retrieval.py:setting=small_demo --workdir=runs/demo-experience
 
+# Each process takes whole files: what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile tests
+
 test: setup
-	$(BIN)/python -m pytest -q tests -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 setup: $(VENV)/.dev gpu-compiler
 

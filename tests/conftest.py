@@ -1,14 +1,25 @@
 """Eight virtual CPU devices for every test, and the fixtures that need real data or weights."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
+
+from tests import programs
 
 # Before jax is imported anywhere: meshes are tested on one machine.
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8')
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {programs.flags(devices=8)}'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+# What one test has compiled, another one and the programs it starts need not. The folder ends with
+# the run, as programs are of this machine and this code.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _programs = tempfile.mkdtemp(prefix='hintsight_programs_')
+  atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import hypothesis
 import pytest

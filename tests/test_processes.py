@@ -1,7 +1,6 @@
 """train.py as several processes on this machine: one adapter, one summary, and no hanging."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,7 +18,7 @@ from configs import train as train_config
 from data import errors
 from data.tokenizer import Tokenizer
 from models import decoder, registry, weights
-from tests import test_train
+from tests import programs, test_train
 from training import processes
 
 ADAPTER = 'adapter/adapter_model.safetensors'
@@ -35,13 +34,12 @@ def free_port() -> int:
 def launch(rooms, workdir, count, devices=1, **changes):
   """Starts `count` processes of one training, each with `devices` virtual devices."""
   port = free_port()
-  flags = f'--xla_force_host_platform_device_count={devices}'
   return [
     subprocess.Popen(
       [*test_train.command(rooms, workdir, **changes), f'--coordinator=127.0.0.1:{port}',
        f'--num_processes={count}', f'--process_id={i}'],
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'})
+      env=programs.environment(devices))
     for i in range(count)]
 
 

@@ -1,7 +1,6 @@
 """README and docs: their commands can be started, their example runs, what they name exists."""
 
 import importlib
-import os
 import pathlib
 import re
 import shlex
@@ -16,6 +15,7 @@ import train
 from configs import rollout as rollout_config
 from configs import train as train_config
 from data import trajectory
+from tests import programs
 from tests.agents import fakes
 from tests.experiments import browser
 
@@ -90,7 +90,7 @@ def test_the_example_of_an_environment_runs_as_a_user_starts_it(tmp_path):
            for w in words if not w.startswith('--workdir=')]
   done = subprocess.run(
     [sys.executable, *words[1:], f'--workdir={tmp_path / "expert"}'], cwd=_ROOT,
-    capture_output=True, text=True, timeout=300, env={**os.environ, 'XLA_FLAGS': ''})
+    capture_output=True, text=True, timeout=300, env=programs.environment())
   assert done.returncode == 0, done.stderr
   episodes = trajectory.load_episodes(tmp_path / 'expert')
   assert len(episodes) == 60 and all(e.success and e.env == 'escape' for e in episodes)

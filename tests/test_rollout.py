@@ -1,7 +1,6 @@
 """The entry point as a user runs it: whole runs, a killed and resumed one, and bad input."""
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -20,6 +19,7 @@ from data import errors, trajectory
 from envs import household_files, household_official
 from models import decoder, weights
 from models.lora import LoraConfig
+from tests import programs
 from tests.agents import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,12 +34,7 @@ def command(workdir, arg, *flags):
 def rollout(workdir, arg, *flags):
   return subprocess.run(
     command(workdir, arg, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300,
-    env=environment())
-
-
-def environment():
-  # One device, as a user has it: the eight of conftest.py are for meshes.
-  return {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
+    env=programs.environment())
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_episodes(tmp_path, tokenizer):
   journal = tmp_path / 'killed' / trajectory.JOURNAL_NAME
   with subprocess.Popen(
     command(tmp_path / 'killed', arg), cwd=ROOT, stderr=subprocess.DEVNULL,
-    stdout=subprocess.DEVNULL, env=environment()) as process:
+    stdout=subprocess.DEVNULL, env=programs.environment()) as process:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
       if journal.exists() and journal.stat().st_size:
@@ -434,7 +429,7 @@ def test_two_processes_one_of_them_killed_lose_and_double_nothing(tmp_path, toke
   arg = f'{TINY},tokenizer={tokenizer},skills=loop,split=valid_seen,episodes=12,max_calls=4'
   start = lambda i: subprocess.Popen(
     command(tmp_path / 'two', arg, '--num_processes=2', f'--process_id={i}'), cwd=ROOT,
-    env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env=programs.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   both = [start(0), start(1)]
   journal = tmp_path / 'two' / 'parts' / '1' / trajectory.JOURNAL_NAME
   while both[1].poll() is None and not (journal.exists() and journal.stat().st_size):

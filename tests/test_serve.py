@@ -3,7 +3,6 @@
 import concurrent.futures
 import http.client
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -23,6 +22,7 @@ from data import errors
 from data.tokenizer import Tokenizer
 from models import decoder, registry, weights
 from models.lora import LoraConfig
+from tests import programs
 from tests.agents import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -226,7 +226,7 @@ def test_the_program_serves_until_it_is_told_to_stop(tmp_path):
   arg += ',lookup=2,cache_dtype=int8'
   with subprocess.Popen(
     [sys.executable, 'serve.py', f'--config=configs/serve.py:{arg}'], cwd=ROOT, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'XLA_FLAGS': ''},
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=programs.environment(),
   ) as process:
     line = process.stdout.readline()
     assert line.startswith('serving smollm2_135m_tiny at http://127.0.0.1:')

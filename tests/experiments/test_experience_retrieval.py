@@ -22,6 +22,7 @@ from envs import get_suite
 from experiments import demonstrations, experience_retrieval, experience_rows
 from retrieval import experience as experience_lib
 from retrieval import experience_index, experience_select
+from tests import programs
 from tests.agents import fakes
 from training import dataset
 
@@ -269,8 +270,7 @@ def _command(config, workdir):
 
 
 def _environment():
-  # One device, as on a user's machine: XLA_FLAGS of the test session would make eight.
-  environment = {**os.environ, 'XLA_FLAGS': ''}
+  environment = programs.environment()
   environment.pop('HINTSIGHT_DATA', None)
   return environment
 

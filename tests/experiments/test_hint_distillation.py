@@ -1,7 +1,6 @@
 """The whole loop as a user starts it, with a tiny random model, in both settings."""
 
 import json
-import os
 import pathlib
 import random
 import re
@@ -19,6 +18,7 @@ from configs import experience_retrieval as experience_config
 from configs import hint_distillation as hint_config
 from data import errors, trajectory
 from experiments import experience_retrieval, from_scratch, hint_distillation, stages
+from tests import programs
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _ROW_KEYS = {
@@ -33,8 +33,7 @@ def _command(config, workdir):
 
 
 def _environment():
-  # One device, as on a user's machine: XLA_FLAGS of the test session would make eight.
-  environment = {**os.environ, 'XLA_FLAGS': ''}
+  environment = programs.environment()
   environment.pop('HINTSIGHT_DATA', None)
   return environment
 

@@ -1,7 +1,6 @@
 """Runs as a user starts them, to be disturbed, and disks that are too small for them."""
 
 import contextlib
-import os
 import pathlib
 import re
 import shutil
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 from data import trajectory
 from data.tokenizer import Tokenizer
-from tests import test_rollout, test_train
+from tests import programs, test_rollout, test_train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 ROLLOUT = {
@@ -25,11 +24,6 @@ TRAIN = {
 ADAPTER = pathlib.Path('adapter') / 'adapter_model.safetensors'
 
 
-def environment(**changes: str) -> dict[str, str]:
-  """A user's: one device (the eight of conftest.py are for meshes)."""
-  return {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1', **changes}
-
-
 def command(entry: str, workdir: pathlib.Path, **values) -> list[str]:
   argument = ','.join(f'{key}={value}' for key, value in values.items())
   return [sys.executable, f'{entry}.py', f'--config=configs/{entry}.py:{argument}',
@@ -39,7 +33,8 @@ def command(entry: str, workdir: pathlib.Path, **values) -> list[str]:
 def start(line: list[str], **changes: str) -> subprocess.CompletedProcess:
   """Runs a command to its end."""
   return subprocess.run(
-    line, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment(**changes))
+    line, cwd=ROOT, capture_output=True, text=True, timeout=600,
+    env=programs.environment(**changes))
 
 
 def sentences(stderr: str) -> list[str]:

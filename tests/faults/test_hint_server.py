@@ -13,6 +13,7 @@ import pytest
 
 from data import trajectory
 from retrieval import hints
+from tests import programs
 from tests.faults import runs
 from tests.retrieval import episodes
 
@@ -210,7 +211,7 @@ def test_a_killed_command_pays_for_no_answer_twice(run, server):
           '--model=strong', f'--base_url={server.url}', f'--out={run.parent / "bank.json"}']
   with subprocess.Popen(
       line, cwd=runs.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-      env=runs.environment()) as process:
+      env=programs.environment()) as process:
     assert wait.wait(120)
     process.kill()
   assert kept_answers(run) == 2

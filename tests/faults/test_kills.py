@@ -20,7 +20,7 @@ import time
 import pytest
 
 from data import trajectory
-from tests import test_train
+from tests import programs, test_train
 from tests.faults import runs
 
 KILLS = 10
@@ -81,7 +81,7 @@ def launch(line, log, **changes) -> subprocess.Popen:
   with open(log, 'w') as file:
     return subprocess.Popen(
       line, cwd=runs.ROOT, start_new_session=True, stdout=file, stderr=file,
-      env=runs.environment(**changes))
+      env=programs.environment(**changes))
 
 
 def cpu_seconds(pid: int) -> float:

@@ -260,8 +260,9 @@ def test_smollm2_with_an_adapter_equals_peft(smollm2_path, smollm2_reference, tm
   want = hf_logits(theirs, tokens)
   theirs.unload()
   assert np.abs(want - plain).max() > 0.1
-  assert np.abs(our_logits(ours, tokens) - want).max() < 1e-4
-  assert np.abs(our_logits(decoder.merge_lora(ours), tokens) - want).max() < 1e-4
+  near = 1e-5 * max(10, np.abs(want).max())  # Logits of 30 layers reach 20.
+  assert np.abs(our_logits(ours, tokens) - want).max() < near
+  assert np.abs(our_logits(decoder.merge_lora(ours), tokens) - want).max() < near
 
 
 def permuted(kernel, head_dim):
