@@ -23,6 +23,7 @@ _OF_THE_LOOP = (
 DEFAULTS = dict(
   setting='household',  # household, webshop, scienceworld
   # The decoder, of the Llama family with a tied head; vocab_size is of the tokenizer.
+  start_decoder='',  # folder of one to go on from, its shape and tokenizer; '' is random weights
   vocab_size=768,  # tokens, control tokens and bytes included
   embed_dim=192,  # width
   num_layers=4,  # depth

@@ -136,8 +136,9 @@ def decoder_line(record: Mapping[str, Any]) -> str:
     for key in ('told', 'untold'))
   if record['drills']:
     drills = f' and {record["drills"] + record.get("search_drills", 0):,} drills'
-    reads = (f'it names the right verb and appliance in {told:.0f} % where a hint tells them, and '
-             f'in {untold:.0f} % where a label does.')
+    reads = ('its first reply that names a verb is right in '
+             f'{told:.0f} % where one of several hints tells it, and in {untold:.0f} % where a '
+             'label does.')
   else:
     drills = ''
     reads = (f"{told:.0f} % of its replies are the expert's, word for word, where hints are shown, "

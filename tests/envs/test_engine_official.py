@@ -26,7 +26,10 @@ def small_game(index):
   return household_official.official_game(0, 'train', index, options)
 
 
-@pytest.mark.parametrize('number', range(20))
+# One of each task type, and one of valid_seen; the others take a quarter of a minute each.
+@pytest.mark.parametrize('number', [
+  *range(6), 14,
+  *(pytest.param(n, marks=pytest.mark.slow) for n in (*range(6, 14), *range(15, 20)))])
 def test_real_games(hintsight_data, number):
   folder = engine_comparison.stratified_folders(hintsight_data, 14, 6)[number]
   steps, deviation = Pair(household_files.load_game(folder)).random(_STEPS)

@@ -114,6 +114,7 @@ def test_the_demo_setting_survives_a_kill_and_goes_on(smollm2_path, minilm_path,
   assert (workdir / 'distilled' / 'adapter' / 'adapter_config.json').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', ['qwen25_7b'])
 def test_the_papers_setting_runs_dry(model, smollm2_path, minilm_path, tmp_path):
   workdir = tmp_path / 'paper'

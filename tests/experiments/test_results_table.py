@@ -95,7 +95,7 @@ def test_a_decoder_says_what_its_environment_can_show():
   line = results_table.decoder_line(record)
   assert '30 expert episodes in 2 minutes' in line and '50 %' in line and '20 %' in line
   line = results_table.decoder_line({**record, 'drills': 7})
-  assert '7 drills' in line and 'verb and appliance in 90 %' in line and '80 %' in line
+  assert '7 drills' in line and 'a verb is right in 90 %' in line and '80 %' in line
 
 
 def test_a_filed_run_names_no_folder_of_the_machine(tmp_path, monkeypatch):
