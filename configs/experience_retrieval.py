@@ -172,7 +172,7 @@ _SCIENCEWORLD = dict(
 )
 
 # ReAct's thoughts say which state is wanted just before they say what makes it: a decoder of four
-# layers learns to look a rule up from there, and not from a goal that stands elsewhere. Where the
+# layers copies a rule from the memory there, and not for a goal that stands elsewhere. Where the
 # memory shows no way the expert finds one, label by label in the order of the room, so that
 # retrieval dropout teaches what to do without a memory; that takes 16 steps.
 _SMALL = dict(

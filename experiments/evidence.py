@@ -11,7 +11,6 @@ experiments/results/METHOD_NAME.json and not played again.
 import dataclasses
 import os
 import pathlib
-import shutil
 
 from absl import flags
 
@@ -164,8 +163,7 @@ def publish(source: pathlib.Path, folder: pathlib.Path | None = None) -> None:
   folder = folder or _ROOT / scratch_config.PUBLISHED
   config, params = weights.load_pretrained(source, 'float32')
   weights.export_pretrained(folder, config, params, dtype='bfloat16')
-  for name in ('tokenizer.json', 'tokenizer_config.json'):
-    shutil.copyfile(source / name, folder / name)
+  from_scratch.copy_tokenizer(source, folder)
 
 
 def main(_) -> None:

@@ -425,13 +425,14 @@ def start_from(config, tokenizer_folder: pathlib.Path):
   from models import weights
 
   architecture, params = weights.load_pretrained(config.start_decoder, 'float32')
-  _copy_tokenizer(pathlib.Path(config.start_decoder), tokenizer_folder)
+  copy_tokenizer(pathlib.Path(config.start_decoder), tokenizer_folder)
   return dataclasses.replace(
     architecture, name=MODEL_FOLDER, max_position=config.max_context, dtype=config.dtype,
     frozen=False), params
 
 
-def _copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+  """Puts the tokenizer of one folder into another one, which is made where it is missing."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     shutil.copyfile(source / name, folder / name)
@@ -606,7 +607,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   folder = workdir / MODEL_FOLDER
   weights.export_pretrained(
     folder, architecture, jax.device_get(decoder.to_params(state.lora)))
-  _copy_tokenizer(workdir / 'tokenizer', folder)
+  copy_tokenizer(workdir / 'tokenizer', folder)
   record |= {
     'parameters': num_params,
     'vocabulary': tokenizer.vocab_size,
