@@ -149,6 +149,8 @@ def make_model(config, base, mesh):
 
 def check(config) -> None:
   """Raises a UserError for numbers with which `fit` cannot train."""
+  from training import optimizer
+
   if config.batch_rows < 1 or config.grad_accum < 1 or config.epochs <= 0:
     raise errors.UserError('batch_rows, grad_accum and epochs must be positive.')
   if config.row_len < 0 or config.row_len == 1:
@@ -163,6 +165,7 @@ def check(config) -> None:
     raise errors.UserError(f'dtype={config.dtype!r}: choose auto, bfloat16 or float32.')
   if config.attention not in ('auto', 'blocks', 'kernel'):
     raise errors.UserError(f'attention={config.attention!r}: choose auto, blocks or kernel.')
+  optimizer.check_name(config.optimizer)
 
 
 def fit(
@@ -229,7 +232,7 @@ def fit(
     config.schedule, config.learning_rate, batches.num_steps, config.warmup_fraction
   )
   optimizer = optimizer_lib.make_optimizer(
-    schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+    schedule, name=config.optimizer, weight_decay=config.weight_decay, clip_norm=config.clip_norm
   )
   attention_path = attention_path_lib.choose(config.attention, model.config)
   # Nothing is written before all of the command has been found good.

@@ -30,7 +30,7 @@ DEFAULTS = dict(
   num_heads=6,  # of attention
   num_kv_heads=3,
   mlp_dim=512,
-  # The lessons: episodes of scripted experts, in houses whose states have invented names.
+  # The lessons: episodes of scripted experts; houses draw anew what their states are called.
   episodes=15000,  # lessons, each in a house of its own
   tokenizer_episodes=600,  # of which the tokenizer learns its words
   held_out_episodes=100,  # on which the decoder is tested at the end, with and without hints
@@ -44,6 +44,7 @@ DEFAULTS = dict(
   loss_on='action',  # the replies; or all
   **{key: hint_distillation.DEFAULTS[key] for key in _OF_THE_LOOP},
   # The optimizer.
+  optimizer='adamw',  # adamw; muon: for matrices, AdamW for the rest
   learning_rate=1e-3,  # at its highest
   schedule='cosine',  # linear, cosine, constant
   warmup_fraction=0.03,
@@ -73,7 +74,7 @@ SHORT_EASY_TYPES = (
   'find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,'
   'lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived')
 
-# Where products are a catalogue's and not invented anew, there is nothing to drill.
+# Where products are a catalogue's and not drawn anew, there is nothing to drill.
 SETTINGS = {
   'household': {},
   'webshop': dict(

@@ -45,6 +45,7 @@ DEFAULTS = dict(
   dropout=0.0,
   targets='q,k,v,o,gate,up,down',
   # The optimizer.
+  optimizer='adamw',  # adamw; muon: for matrices, AdamW for the rest
   learning_rate=5e-4,  # at its highest
   schedule='linear',  # linear, cosine, constant
   warmup_fraction=0.1,

@@ -60,12 +60,12 @@ def plan_thought(rule: Rule) -> str:
 
 def search_thought(state: str, place: str) -> str:
   """Why it goes to an appliance whose label it has not read."""
-  return f'I do not know what makes it {state}. I try the {place}.'
+  return f'To make it {state} I read the labels. I try the {place}.'
 
 
 def use_thought(rule: Rule) -> str:
   """Why it does there what it does."""
-  return f'The {rule.appliance} makes it {rule.state}. I {rule.verb} it here.'
+  return f'To make it {rule.state} I {rule.verb} it here.'
 
 
 class Expert:

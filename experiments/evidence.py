@@ -33,8 +33,9 @@ _REACT = f'{_CONTEXT},max_calls=28'
 # where neither hint nor experience helps.
 _DECODER = (
   f'{_CONTEXT},max_env_steps=16,max_calls=44,lesson_options=expert_in_order:true,'
-  'max_new_tokens=40,row_len=1152,loss_on=all,episodes=16000,drills=22000,expert_error_rate=0.1,'
-  'learning_rate=3e-3')
+  'max_new_tokens=40,row_len=1152,loss_on=all,tokenizer_episodes=1500,vocab_size=1024,'
+  'episodes=11000,warm_hint_share=0.5,drills=9000,search_drills=7000,expert_error_rate=0.1,'
+  'optimizer=muon,learning_rate=3e-3')
 
 
 @dataclasses.dataclass(frozen=True)

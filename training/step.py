@@ -77,10 +77,11 @@ def state_shardings(
   abstract = jax.eval_shape(optimizer.init, model.lora)
   opt_shardings = optax.tree.map_params(
     optimizer,
-    lambda _, place: place,
+    lambda leaf, place: leaf if isinstance(leaf, optax.MaskedNode) else place,
     abstract,
     lora_shardings,
     transform_non_params=lambda _: everywhere,
+    is_leaf=lambda node: isinstance(node, optax.MaskedNode),
   )
   step = jax.ShapeDtypeStruct((), jnp.int32)
   return (

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import types
 
 import jax
@@ -16,8 +15,6 @@ from configs import rollout as rollout_config
 from data import bpe, trajectory
 from data.errors import UserError
 from data.tokenizer import Tokenizer
-from envs import household_skills
-from envs.webshop import WebShopSuite
 from experiments import from_scratch
 from models import decoder, weights
 from training import checkpoint, packing
@@ -25,7 +22,7 @@ from training import step as step_lib
 
 TINY = ('vocab_size=420,embed_dim=32,num_layers=2,num_heads=2,num_kv_heads=1,mlp_dim=48,'
         'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=6,search_drills=4,'
-        'row_len=1024,checkpoint_every=4,dtype=float32')
+        'row_len=1024,checkpoint_every=4,dtype=float32,optimizer=muon')
 HOSTILE = 'Wo liegt "Gießkanne" 12?\n\n<|im_end|>\t🙂 cafe\u0301\x00'
 
 
@@ -200,111 +197,6 @@ def test_the_folder_plays_episodes(finished, tmp_path):
   assert all(e.model_calls > 0 for e in episodes)
 
 
-def test_lessons_name_no_state_twice_and_none_of_the_loop(tmp_path):
-  lessons = from_scratch.Lessons(config_lib.get_config('max_env_steps=14,max_calls=20'))
-  bpe.train([], bpe.MIN_VOCABULARY, tmp_path)
-  speller = Tokenizer.load(tmp_path)
-  held_out = {
-    *household_skills.POOLS['loop'], *household_skills.POOLS['hard'],
-    *household_skills.POOLS['warm']}
-  pairs = {(r.verb, r.appliance) for pool in ('loop', 'hard')
-           for r in household_skills.draw(pool, 0)}
-  asked, told = [], 0
-  for episode in lessons.play(speller, 'train', 40, hint_share=1.0, rule_share=0.5):
-    assert episode.success
-    text = speller.decode(episode.tokens)
-    assert not held_out & set(re.findall(r'[a-z]+', text))
-    state = re.search(r'make an? (\w+) ', episode.instruction)[1]
-    asked.append(state)
-    hints = re.findall(r'To make \{object\} (\w+), (\w+) it with the (\w+)', text)
-    assert len({words[0] for words in hints}) == len(hints)
-    assert not pairs & {(verb, appliance) for _, verb, appliance in hints}
-    for _, verb, appliance in [words for words in hints if words[0] == state]:
-      told += 1
-      last = episode.steps[-1].action.split()
-      assert (last[0], last[-2]) == (verb, appliance)
-      assert 'examine' not in text.partition('Your task')[2]
-  assert len(set(asked)) == len(asked)
-  assert 10 <= told <= 30
-
-
-def _shop_lessons(tmp_path, **changes):
-  bpe.train([], bpe.MIN_VOCABULARY, tmp_path)
-  config = config_lib.get_config('setting=webshop,lesson_options=')
-  config.update(changes)
-  speller = Tokenizer.load(tmp_path)
-  return from_scratch.Lessons(config), speller
-
-
-def test_a_shopper_forgets_by_category_what_no_hint_reminds_it_of(tmp_path):
-  lessons, speller = _shop_lessons(tmp_path)
-  suite = rollout.make_suite(lessons._rollout)
-  forgetful = {
-    task.task_type for task in suite.tasks('train')
-    if 'options' in suite.expert(task, error_rate=0.5)._forgets}
-  assert 0 < len(forgetful) < 5
-  chose, trips = 0, 0
-  for share in (0.0, 1.0):
-    for episode in lessons.play(speller, 'train', 25, hint_share=share, rule_share=1.0):
-      clicked = any('[[' in step.observation for step in episode.steps)
-      if share == 0.0 and episode.task_type in forgetful:
-        assert not clicked and not episode.success
-      else:
-        trips, chose = trips + 1, chose + clicked
-      text = speller.decode(episode.tokens)
-      assert ('before you click buy now' in text) == (share == 1.0)
-  # A product that it settles for may not have what was asked for.
-  assert 30 < trips < 50 and chose > 0.9 * trips
-  # No product of the lessons is one of the loop's.
-  loop = rollout.make_suite(rollout_config.make({'env': 'webshop', 'env_seed': 0}))
-  assert not {p.title for p in suite.shop.products} & {p.title for p in loop.shop.products}
-
-
-def test_a_hint_reminds_of_its_share(tmp_path):
-  lessons, speller = _shop_lessons(tmp_path)
-  told = sum(
-    'before you click buy now' in speller.decode(e.tokens)
-    for e in lessons.play(speller, 'train', 60, hint_share=1.0, rule_share=0.5))
-  assert 18 <= told <= 42
-
-
-def test_lessons_show_a_solved_task_of_their_type(tmp_path):
-  lessons, speller = _shop_lessons(
-    tmp_path, warm_hint_share=0.0, experience_share=1.0, expert_error_rate=0.0)
-  episodes = list(lessons.play(speller, 'train', 12))
-  earlier = {}
-  for episode in episodes:
-    text = speller.decode(episode.tokens)
-    shown = earlier.get(episode.task_type)
-    assert text.count('Solved before:') == (shown is not None)
-    assert shown is None or ' '.join(shown.split()) in text
-    if episode.success:
-      earlier[episode.task_type] = episode.instruction
-  assert sum(e.task_type in earlier for e in episodes) > 5
-
-
-def test_a_slow_environment_plays_a_lesson_once():
-  class Slow(WebShopSuite):
-    own_process, made = True, 0
-
-    def make(self, task):
-      Slow.made += 1
-      return super().make(task)
-
-  suite, games = Slow(num_products=20), {}
-  recorded = from_scratch._Recorded(suite, games)
-  task = suite.tasks('train')[0]
-  played = []
-  for _ in range(2):
-    recorded.play(task)
-    environment, expert = recorded.make(task), recorded.expert(task)
-    observation, steps = environment.reset(), []
-    while not (steps and steps[-1].done):
-      steps.append(environment.step(expert.act(observation).action))
-    played.append(steps)
-  assert Slow.made == 1 and played[0] == played[1] and played[0][-1].won
-
-
 def test_reply_accuracy_counts_whole_replies(finished):
   config = dataclasses.replace(
     weights.load_pretrained(finished[0] / 'small_decoder')[0], frozen=False)
@@ -343,62 +235,6 @@ def test_reply_accuracy_counts_whole_replies(finished):
     episode(True, False, True), episode(True, False, True), episode(False, True, False, True)]
   accuracy = from_scratch.reply_accuracy(model, state, episodes)
   assert accuracy == {'replies': 3 / 7, 'rule': 1, 'label': 1 / 4}
-
-
-@pytest.mark.parametrize('agent', ['plain', 'react'])
-def test_a_search_drill_reads_labels_until_one_tells_the_state(finished, agent):
-  tokenizer = Tokenizer.load(finished[0] / 'tokenizer')
-  lengths, by_the_alphabet = set(), 0
-  for index in range(12):
-    example = from_scratch.search_drill(tokenizer, 0, index, agent)
-    assert (example.tokens == from_scratch.search_drill(tokenizer, 0, index, agent).tokens).all()
-    starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
-    room, *parts = (tokenizer.decode(part) for part in np.split(example.tokens, starts))
-    replies, labels = parts[::2], parts[1::2]
-    wanted, thing = re.search(r'make a (\w+) (\w+)\.', room).groups()
-    listed = [name for name in re.findall(r'a (\w+) 1', room)
-              if name in household_skills.APPLIANCES]
-    assert len(listed) == 5
-    by_the_alphabet += listed == sorted(listed)
-    told = [re.search(r'On the (\w+) 1, .* reads: (\w+) things here to make them (\w+)\.', label)
-            .groups() for label in labels]
-    # In the order of the room, up to the one that tells it.
-    assert [appliance for appliance, _, _ in told] == listed[:len(told)]
-    assert [state == wanted for _, _, state in told] == [False] * (len(told) - 1) + [True]
-    for appliance, reply in zip(listed, replies[:-1], strict=False):
-      assert reply.splitlines()[-1] == f'go to {appliance} 1'
-      assert (f'what makes it {wanted}. I try the {appliance} 1.' in reply) == (agent == 'react')
-    appliance, verb, _ = told[-1]
-    assert replies[-1].splitlines()[-1] == f'{verb} {thing} 1 with {appliance} 1'
-    lengths.add(len(told))
-  assert len(lengths) > 2 and by_the_alphabet < 3
-
-
-@pytest.mark.parametrize('agent', ['plain', 'react'])
-def test_a_drill_s_replies_follow_from_the_rules_it_tells(finished, agent):
-  tokenizer = Tokenizer.load(finished[0] / 'tokenizer')
-  first = from_scratch.drill(tokenizer, 0, 0, agent)
-  assert (first.tokens == from_scratch.drill(tokenizer, 0, 0, agent).tokens).all()
-  pairs = {(r.verb, r.appliance) for pool in ('loop', 'hard')
-           for r in household_skills.draw(pool, 0)}
-  for index in range(8):
-    example = from_scratch.drill(tokenizer, 0, index, agent)
-    starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
-    told, *parts = (tokenizer.decode(part) for part in np.split(example.tokens, starts))
-    rules = re.findall(r'- To make {object} (\w+), (\w+) it with the (\w+)\.\n', told)
-    # Each rule is told once and asked for once; only the replies have a loss.
-    replies = parts[::2]
-    goals = re.findall(r'make a (\w+) (\w+)\.\n', told + ''.join(parts[1::2]))
-    assert sorted(state for state, _ in goals) == sorted(rule[0] for rule in rules)
-    assert 1 <= len(rules) == len(replies) <= 4 and not pairs & {rule[1:] for rule in rules}
-    assert not example.loss_mask[0] and example.loss_mask[-1]
-    known = {state: rest for state, *rest in rules}
-    for (state, thing), reply in zip(goals, replies, strict=True):
-      verb, appliance = known[state]
-      lines = reply.splitlines()
-      assert lines[-1] == f'{verb} {thing} 1 with {appliance} 1'
-      assert (f'think: To make it {state} I {verb} it with the {appliance}.' in lines) == (
-        agent == 'react')
 
 
 @pytest.mark.parametrize('vocab_size', [bpe.MIN_VOCABULARY, 300])

@@ -1,7 +1,9 @@
-"""Schedules and AdamW."""
+"""Schedules, AdamW and Muon."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from data.errors import UserError
@@ -35,3 +37,32 @@ def test_adamw_clips_and_decays():
     adamw = optimizer.make_optimizer(schedule, weight_decay=0.5, clip_norm=clip_norm)
     updates, _ = adamw.update(grads, adamw.init(params), params)
     np.testing.assert_allclose(updates['a'], [-0.1 * 0.5 * 2.0, -0.1], rtol=1e-4)
+
+
+def test_muon_moves_all_directions_of_a_matrix_alike():
+  rng = np.random.default_rng(0)
+  schedule = optimizer.make_schedule('constant', 0.1, 10, 0.0)
+  # Two layers of 24 x 8 kernels, gradients with singular values from 1 to 1e-2.
+  left, right = np.linalg.qr(rng.normal(size=(2, 24, 8)))[0], np.linalg.qr(
+    rng.normal(size=(2, 8, 8)))[0]
+  grads = {
+    'q': {'kernel': jnp.array(left * np.geomspace(1, 1e-2, 8) @ right)},
+    'embed': {'embedding': jnp.array(rng.normal(size=(5, 8)))},
+    'attn_norm': {'scale': jnp.array(rng.normal(size=(2, 8)))}}
+  params = jax.tree.map(jnp.zeros_like, grads)
+  options = dict(weight_decay=0.0, clip_norm=0.0)
+  muon = optimizer.make_optimizer(schedule, name='muon', **options)
+  updates, _ = muon.update(grads, muon.init(params), params)
+  step = np.asarray(updates['q']['kernel'])
+  values = np.linalg.svd(step, compute_uv=False)
+  assert values.min() > 0.4 * values.max()
+  assert np.vdot(step, grads['q']['kernel']) < 0  # Downhill.
+  # As long as AdamW's steps: 0.4 of the rate, in every layer.
+  assert np.sqrt((step ** 2).mean((1, 2))) == pytest.approx([0.04] * 2, rel=0.2)
+  adamw = optax.nadamw(schedule, weight_decay=0.0)
+  expected, _ = adamw.update(grads, adamw.init(params), params)
+  for group in ('embed', 'attn_norm'):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+                 updates[group], expected[group])
+  with pytest.raises(UserError, match="optimizer='sgd': choose adamw, muon"):
+    optimizer.make_optimizer(schedule, name='sgd', **options)
