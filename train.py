@@ -149,7 +149,7 @@ def make_model(config, base, mesh):
 
 def check(config) -> None:
   """Raises a UserError for numbers with which `fit` cannot train."""
-  from training import optimizer
+  from training import optimizer as optimizer_lib
 
   if config.batch_rows < 1 or config.grad_accum < 1 or config.epochs <= 0:
     raise errors.UserError('batch_rows, grad_accum and epochs must be positive.')
@@ -165,7 +165,7 @@ def check(config) -> None:
     raise errors.UserError(f'dtype={config.dtype!r}: choose auto, bfloat16 or float32.')
   if config.attention not in ('auto', 'blocks', 'kernel'):
     raise errors.UserError(f'attention={config.attention!r}: choose auto, blocks or kernel.')
-  optimizer.check_name(config.optimizer)
+  optimizer_lib.check_name(config.optimizer)
 
 
 def fit(

@@ -84,11 +84,14 @@ def make_optimizer(
 
 
 def _matrices(params):
-  """For Muon: the last two axes of what multiplies, those before them being layers."""
+  """For Muon: the last two axes of what multiplies, those before them being layers.
+
+  Norms and biases have two axes, too, where layers are stacked, and multiply nothing.
+  """
 
   def numbers(path, value):
     name = jax.tree_util.keystr(path)
-    if value.ndim < 2 or 'embed' in name or 'norm' in name:
+    if value.ndim < 2 or any(part in name for part in ('embed', 'norm', 'bias')):
       return None
     return contrib.MuonDimensionNumbers(value.ndim - 2, value.ndim - 1)
 

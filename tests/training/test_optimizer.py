@@ -47,6 +47,7 @@ def test_muon_moves_all_directions_of_a_matrix_alike():
     rng.normal(size=(2, 8, 8)))[0]
   grads = {
     'q': {'kernel': jnp.array(left * np.geomspace(1, 1e-2, 8) @ right)},
+    'k': {'bias': jnp.array(rng.normal(size=(2, 8)))},
     'embed': {'embedding': jnp.array(rng.normal(size=(5, 8)))},
     'attn_norm': {'scale': jnp.array(rng.normal(size=(2, 8)))}}
   params = jax.tree.map(jnp.zeros_like, grads)
@@ -61,7 +62,7 @@ def test_muon_moves_all_directions_of_a_matrix_alike():
   assert np.sqrt((step ** 2).mean((1, 2))) == pytest.approx([0.04] * 2, rel=0.2)
   adamw = optax.nadamw(schedule, weight_decay=0.0)
   expected, _ = adamw.update(grads, adamw.init(params), params)
-  for group in ('embed', 'attn_norm'):
+  for group in ('k', 'embed', 'attn_norm'):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
                  updates[group], expected[group])
   with pytest.raises(UserError, match="optimizer='sgd': choose adamw, muon"):
