@@ -53,19 +53,25 @@ def parse_goal(instruction: str) -> tuple[str, dict[str, str]]:
   return '', {}
 
 
+# What is said of a state begins as what was read of it: the goal's "make a STATE THING", a hint's
+# "To make it STATE, VERB it". A small decoder goes on as the text did where it finds that.
+
+
 def plan_thought(rule: Rule) -> str:
   """Why the expert goes to a rule's appliance."""
-  return f'To make it {rule.state} I {rule.verb} it with the {rule.appliance}.'
+  return f'To make it {rule.state}, {rule.verb} it with the {rule.appliance}.'
 
 
-def search_thought(state: str, place: str) -> str:
-  """Why it goes to an appliance whose label it has not read."""
-  return f'To make it {state} I read the labels. I try the {place}.'
+def search_thought(state: str, place: str, read: Rule | None = None) -> str:
+  """Why it goes to an appliance whose label it has not read; `read` is the label before it."""
+  if read:
+    return f'I can make a {read.state} thing here. I try the {place}.'
+  return f'To make it {state}, read the labels. I try the {place}.'
 
 
-def use_thought(rule: Rule) -> str:
-  """Why it does there what it does."""
-  return f'To make it {rule.state} I {rule.verb} it here.'
+def use_thought(rule: Rule, kind: str) -> str:
+  """Why it does what it does with a thing of a kind where it is."""
+  return f'I can make a {rule.state} {kind} here. I {rule.verb} it.'
 
 
 class Expert:
@@ -304,12 +310,13 @@ class Expert:
     places = [place for place in self._receptacles if place.split()[0] in APPLIANCES]
     if not self._in_order:
       self._rng.shuffle(places)
+    read = None
     for place in places:
-      yield from self._go(place, search_thought(state, place))
+      yield from self._go(place, search_thought(state, place, read))
       yield Decision(f'examine {place}', f'I read the label of the {place}.')
-      rule = self._labels.get(place.split()[0])
-      if rule and rule.state == state:
-        yield from self._perform(rule, place)
+      read = self._labels.get(place.split()[0])
+      if read and read.state == state:
+        yield from self._perform(read, place)
         return
 
   def _rule_for(self, state: str) -> Rule | None:
@@ -324,4 +331,5 @@ class Expert:
       yield Decision(f'close {place}', f'The {place} must be closed.')
     elif rule.precondition == 'on':
       yield Decision(f'use {place}', f'The {place} must be on.')
-    yield Decision(f'{rule.verb} {self._held} with {place}', use_thought(rule))
+    thought = use_thought(rule, self._held.partition(' ')[0])
+    yield Decision(f'{rule.verb} {self._held} with {place}', thought)

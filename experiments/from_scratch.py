@@ -36,7 +36,7 @@ from configs import cli
 from data import bpe, errors, summary, trajectory
 from data import workdir as workdir_lib
 from data.tokenizer import Tokenizer
-from envs import household
+from envs import household, household_expert
 from experiments import lessons as lessons_lib
 from retrieval import experience as experience_lib
 from training import dataset, packing
@@ -147,8 +147,8 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
   Returns:
     'replies': share of all replies of which every token is the likeliest one; 'rule': the same for
     the first reply of a solved task that says the verb of its last command, which has to be looked
-    up there (what follows may repeat it); 'label': the same for those to a label, which may tell
-    the goal's state or not.
+    up there (what follows may repeat it); 'label': the same for those to a label; 'goal_label': to
+    one that tells the goal's state, which has to be seen.
   """
   import jax
 
@@ -162,7 +162,7 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
     return jax.numpy.einsum('btd,vd->btv', hidden, kernel).argmax(-1)[0]
 
   width = max(len(episode.tokens) for episode in episodes)
-  right, rule, label = [], [], []
+  right, rule, label, goal_label = [], [], [], []
   for episode in episodes:
     # Padding follows the episode, and no token sees what follows it.
     tokens = np.zeros((1, width), np.int32)
@@ -176,10 +176,14 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
       verb = re.compile(rf'\b{re.escape(episode.steps[-1].action.split()[0])}\b')
       rule.append(next(right for right, step in zip(found, episode.steps, strict=True)
                        if verb.search(step.reply)))
-    label += [after for after, step in zip(found[1:], episode.steps, strict=False)
-              if household.LABEL in step.observation]
+    wanted = household_expert.parse_goal(episode.instruction)[1].get('state')
+    for after, step in zip(found[1:], episode.steps, strict=False):
+      if household.LABEL in step.observation:
+        label.append(after)
+        if step.observation.endswith(f' to make them {wanted}.'):
+          goal_label.append(after)
   return {name: float(np.mean(values or [0.0])) for name, values in (
-    ('replies', right), ('rule', rule), ('label', label))}
+    ('replies', right), ('rule', rule), ('label', label), ('goal_label', goal_label))}
 
 
 def predict(
@@ -196,8 +200,8 @@ def predict(
   own = [len(e.tokens) for e in lessons.play(
     tokenizer, 'train', min(_SAMPLED_LESSONS, config.episodes))]
   tokens = config.episodes * np.mean(own)
-  for make, count in (
-      (lessons_lib.drill, config.drills), (lessons_lib.search_drill, config.search_drills)):
+  for name, make in lessons_lib.DRILLS.items():
+    count = config[name]
     sampled = [len(make(tokenizer, config.seed, index, config.agent).tokens)
                for index in range(min(_SAMPLED_LESSONS, count))]
     tokens += count * np.mean(sampled or [0])
@@ -216,15 +220,17 @@ def check(config) -> None:
   from training import optimizer
 
   train.check(config)
+  drills = {name: config[name] for name in lessons_lib.DRILLS}
   if min(config.episodes, config.tokenizer_episodes, config.held_out_episodes) < 1 or (
-      min(config.drills, config.search_drills) < 0):
+      min(drills.values()) < 0):
     raise errors.UserError(
-      'episodes, tokenizer_episodes and held_out_episodes must be at least 1, drills and '
-      'search_drills at least 0.')
+      'episodes, tokenizer_episodes and held_out_episodes must be at least 1, '
+      f'{", ".join(drills)} at least 0.')
   experience_lib.get_format(config.experience_format)
-  if (config.drills or config.search_drills) and config.env != 'household':
+  if (asked := [name for name in drills if drills[name]]) and config.env != 'household':
     raise errors.UserError(
-      f'drills are about houses; set drills=0 and search_drills=0 with env={config.env}.')
+      f'drills are about houses; set {", ".join(f"{name}=0" for name in asked)} with '
+      f'env={config.env}.')
   for name in ('embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp_dim'):
     if config[name] < 1:
       raise errors.UserError(f'{name} must be at least 1.')
@@ -269,7 +275,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       lessons, config.vocab_size, config.tokenizer_episodes, workdir / 'tokenizer')
     architecture = make_config(config, tokenizer.vocab_size)
   predicted = predict(config, lessons, tokenizer, architecture)
-  print(f'{config.episodes} lessons and {config.drills + config.search_drills} drills: '
+  drills = {name: config[name] for name in lessons_lib.DRILLS}
+  print(f'{config.episodes} lessons and {sum(drills.values())} drills: '
         f'{predicted["tokens"]:,.0f} tokens, at least {predicted["minutes"]:.0f} min of training',
         flush=True)
   # Played anew by a run that goes on: that is faster than to keep and read them.
@@ -283,11 +290,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
   if shortest > config.row_len:
     raise errors.UserError(
       f'No episode fits into row_len={config.row_len}; the shortest has {shortest} tokens.')
-  examples += [
-    lessons_lib.drill(tokenizer, config.seed, i, config.agent) for i in range(config.drills)]
-  examples += [
-    lessons_lib.search_drill(tokenizer, config.seed, i, config.agent)
-    for i in range(config.search_drills)]
+  for name, count in drills.items():
+    examples += [lessons_lib.DRILLS[name](tokenizer, config.seed, i, config.agent)
+                 for i in range(count)]
   rows = packing.pack(examples, config.row_len)
   if rows.too_long:
     print(f'{len(rows.too_long)} episodes are longer than row_len={config.row_len} and left out.',
@@ -320,8 +325,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     'parameters': num_params,
     'vocabulary': tokenizer.vocab_size,
     'episodes': config.episodes,
-    'drills': config.drills,
-    'search_drills': config.search_drills,
+    **drills,
     'start_decoder': config.start_decoder,
     'too_long': len(rows.too_long),
     'held_out': held_out,

@@ -135,7 +135,7 @@ def decoder_line(record: Mapping[str, Any]) -> str:
     100 * record['held_out'][key]['rule' if record['drills'] else 'replies']
     for key in ('told', 'untold'))
   if record['drills']:
-    drills = f' and {record["drills"] + record.get("search_drills", 0):,} drills'
+    drills = f' and {sum(record[key] for key in record if key.endswith("drills")):,} drills'
     reads = ('its first reply that names a verb is right in '
              f'{told:.0f} % where one of several hints tells it, and in {untold:.0f} % where a '
              'label does.')

@@ -21,8 +21,9 @@ from training import checkpoint, packing
 from training import step as step_lib
 
 TINY = ('vocab_size=420,embed_dim=32,num_layers=2,num_heads=2,num_kv_heads=1,mlp_dim=48,'
-        'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=6,search_drills=4,'
-        'row_len=1024,checkpoint_every=4,dtype=float32,optimizer=muon')
+        'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=4,search_drills=3,'
+        'match_drills=1,label_drills=1,room_drills=1,row_len=1024,checkpoint_every=4,'
+        'dtype=float32,optimizer=muon')
 HOSTILE = 'Wo liegt "Gießkanne" 12?\n\n<|im_end|>\t🙂 cafe\u0301\x00'
 
 
@@ -68,7 +69,7 @@ def test_a_run_makes_a_folder_and_is_finished_then(finished, capsys):
   assert record['predicted']['tokens'] == pytest.approx(record['tokens'])
   assert record['predicted']['minutes'] > 0
   for accuracy in record['held_out'].values():
-    assert all(0 <= accuracy[key] <= 1 for key in ('rule', 'replies', 'label'))
+    assert all(0 <= accuracy[key] <= 1 for key in ('rule', 'replies', 'label', 'goal_label'))
   assert from_scratch.run(config_lib.get_config(TINY), workdir) == record
   assert 'finished already' in capsys.readouterr().err
   with pytest.raises(UserError, match='episodes'):
@@ -228,13 +229,15 @@ def test_reply_accuracy_counts_whole_replies(finished):
                                    action=None, reply='think: I unfold it.') for _ in wrongs]
     steps[-2].reply = 'think: To make it flat I fold it.'
     steps[-1].action = steps[-1].reply = 'fold mug 1 with press 1'
+    steps[0].observation = 'On it, a mug 1. A label reads: fold things here to make them flat.'
     return types.SimpleNamespace(
-      tokens=np.array(ids), kinds=np.array(kinds), success=success, steps=steps)
+      instruction='make a flat mug.', tokens=np.array(ids), kinds=np.array(kinds), success=success, steps=steps)
 
   episodes = [
     episode(True, False, True), episode(True, False, True), episode(False, True, False, True)]
   accuracy = from_scratch.reply_accuracy(model, state, episodes)
-  assert accuracy == {'replies': 3 / 7, 'rule': 1, 'label': 1 / 4}
+  assert accuracy == {
+    'replies': 3 / 7, 'rule': 1, 'label': 1 / 4, 'goal_label': 1 / 3}
 
 
 @pytest.mark.parametrize('vocab_size', [bpe.MIN_VOCABULARY, 300])

@@ -145,12 +145,16 @@ def test_a_search_drill_reads_labels_until_one_tells_the_state(speller, agent):
     # In the order of the room, up to the one that tells it.
     assert [appliance for appliance, _, _ in told] == listed[:len(told)]
     assert [state == wanted for _, _, state in told] == [False] * (len(told) - 1) + [True]
-    for appliance, reply in zip(listed, replies[:-1], strict=False):
+    whys = [f'To make it {wanted}, read the labels.',
+            *(f'I can make a {state} thing here.' for _, _, state in told)]
+    for appliance, why, reply in zip(listed, whys, replies[:-1], strict=False):
       assert reply.splitlines()[-1] == f'go to {appliance} 1'
-      thought = f'think: To make it {wanted} I read the labels. I try the {appliance} 1.'
-      assert (thought in reply) == (agent == 'react')
+      assert (f'think: {why} I try the {appliance} 1.' in reply) == (agent == 'react')
     appliance, verb, _ = told[-1]
-    assert replies[-1].splitlines()[-1] == f'{verb} {thing} 1 with {appliance} 1'
+    *thoughts, last = replies[-1].splitlines()
+    assert last == f'{verb} {thing} 1 with {appliance} 1'
+    assert thoughts == [f'think: I can make a {wanted} {thing} here. I {verb} it.'] * (
+      agent == 'react')
     lengths.add(len(told))
   assert len(lengths) > 2 and by_the_alphabet < 3
 
@@ -177,5 +181,58 @@ def test_a_drill_s_replies_follow_from_the_rules_it_tells(speller, agent):
       verb, appliance = known[state]
       lines = reply.splitlines()
       assert lines[-1] == f'{verb} {thing} 1 with {appliance} 1'
-      assert (f'think: To make it {state} I {verb} it with the {appliance}.' in lines) == (
+      assert (f'think: To make it {state}, {verb} it with the {appliance}.' in lines) == (
         agent == 'react')
+      assert (f'think: I can make a {state} {thing} here. I {verb} it.' in lines) == (
+        agent == 'react')
+
+
+def _lines(speller, name, index):
+  """A drill's text with what has a loss in <>, line by line."""
+  make = lessons_lib.DRILLS[name]
+  example = make(speller, 0, index)
+  assert (example.tokens == make(speller, 0, index, 'react').tokens).all()
+  starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
+  parts = [speller.decode(part) for part in np.split(example.tokens, starts)]
+  return ''.join(
+    f'<{part}>' if i % 2 else part for i, part in enumerate(parts)).splitlines()
+
+
+def test_a_match_drill_tells_the_goal_s_state_from_others(speller):
+  same = []
+  for index in range(20):
+    goal, *lines = _lines(speller, 'match_drills', index)
+    wanted, thing = re.fullmatch(r'make a (\w+) (\w+)\.', goal).groups()
+    for line in lines:
+      state, kind = re.fullmatch(r'a (\w+)< (\w+)>\.', line).groups()
+      assert kind == (thing if state == wanted else 'thing')
+      same.append(state == wanted)
+    assert 3 <= len(lines) <= 6
+  assert 0.3 < np.mean(same) < 0.5
+
+
+def test_a_label_drill_tells_which_labels_serve_the_goal(speller):
+  same = []
+  for index in range(20):
+    goal, *lines = _lines(speller, 'label_drills', index)
+    wanted, thing = re.fullmatch(r'make a (\w+) (\w+)\.', goal).groups()
+    for label, line in zip(lines[::2], lines[1::2], strict=True):
+      verb, state = re.fullmatch(
+        r'A label reads: (\w+) things here to make them (\w+)\.', label).groups()
+      kind = thing if state == wanted else 'thing'
+      assert line == f'I can make a {state}< {kind}> here.' + (
+        f' I< {verb}> it.' if state == wanted else '')
+      same.append(state == wanted)
+  assert 0.3 < np.mean(same) < 0.5
+
+
+def test_a_room_drill_names_the_appliances_in_their_order(speller):
+  by_the_alphabet = 0
+  for index in range(20):
+    room, *lines = _lines(speller, 'room_drills', index)
+    listed = re.findall(r'an? (\w+ 1)', room)
+    appliances = [name for name in listed if name.split()[0] in household_skills.APPLIANCES]
+    assert len(appliances) == 5 and len(listed) in (6, 7)
+    assert lines == [f'I try the< {name}>.' for name in appliances]
+    by_the_alphabet += appliances == sorted(appliances)
+  assert by_the_alphabet < 3
