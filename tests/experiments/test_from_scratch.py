@@ -231,7 +231,8 @@ def test_reply_accuracy_counts_whole_replies(finished):
     steps[-1].action = steps[-1].reply = 'fold mug 1 with press 1'
     steps[0].observation = 'On it, a mug 1. A label reads: fold things here to make them flat.'
     return types.SimpleNamespace(
-      instruction='make a flat mug.', tokens=np.array(ids), kinds=np.array(kinds), success=success, steps=steps)
+      instruction='make a flat mug.', tokens=np.array(ids), kinds=np.array(kinds),
+      success=success, steps=steps)
 
   episodes = [
     episode(True, False, True), episode(True, False, True), episode(False, True, False, True)]
