@@ -85,15 +85,15 @@ SETTINGS = {
      if key in hint_distillation.WEBSHOP},
     vocab_size=2048, embed_dim=128, num_heads=4, num_kv_heads=2, mlp_dim=384,
     episodes=1700, tokenizer_episodes=400, held_out_episodes=20, drills=0,
-    lesson_options='goals_per_product:4', expert_error_rate=0.5, row_len=1024,
-    batch_rows=1, learning_rate=3e-3, dtype='float32'),
+    lesson_options='goals_per_product:4', expert_error_rate=0.5, loss_on='all', row_len=1024,
+    batch_rows=1, optimizer='muon', learning_rate=3e-3, dtype='float32'),
   'scienceworld': dict(
     env='scienceworld', layout='paper_b', env_options='', task_types=SHORT_EASY_TYPES,
     max_env_steps=0, max_calls=0, max_new_tokens=32, max_context=2560,
     vocab_size=1024, embed_dim=128, num_heads=4, num_kv_heads=2, mlp_dim=384,
     episodes=84, tokenizer_episodes=84, held_out_episodes=7, drills=0,
     experience_share=0.5, loss_on='all', epochs=8.0, row_len=1280,
-    batch_rows=1, learning_rate=3e-3, dtype='float32'),
+    batch_rows=1, optimizer='muon', learning_rate=3e-3, dtype='float32'),
 }
 
 HELP_KEYS = (
