@@ -100,6 +100,12 @@ def listing(names: Sequence[str]) -> str:
   return _join([f'a {name}' for name in names])
 
 
+def first_look(names: Sequence[str]) -> str:
+  """What one sees from the middle of a room with such furniture."""
+  return (
+    f'You are in the middle of a room. Looking quickly around you, you see {listing(names)}.')
+
+
 def demangle(ids: Sequence[str]) -> dict[str, str]:
   """Readable names of sorted PDDL ids: numbered downwards within each type, as ALFWorld does."""
   stems = {}
@@ -315,8 +321,7 @@ class Game:
     here = problem.receptacles_at.get(self.location, ())
     if not here:
       # The rule lists what stands where the agent is; only the first look is not bound to a place.
-      seen = listing(problem.receptacle_names) if first else 'nothing'
-      return f'You are in the middle of a room. Looking quickly around you, you see {seen}.'
+      return first_look(problem.receptacle_names if first else ())
     facing = _join([problem.receptacle_names[receptacle] for receptacle in here])
     floor = [
       problem.thing_names[thing]

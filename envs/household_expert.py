@@ -313,7 +313,7 @@ class Expert:
     read = None
     for place in places:
       yield from self._go(place, search_thought(state, place, read))
-      yield Decision(f'examine {place}', f'I read the label of the {place}.')
+      yield Decision(f'examine {place}', '')
       read = self._labels.get(place.split()[0])
       if read and read.state == state:
         yield from self._perform(read, place)
