@@ -31,11 +31,18 @@ _CONTEXT = 'agent=react,max_context=1152'
 _REACT = f'{_CONTEXT},max_calls=28'
 # Its lessons leave room to try all five appliances in the order of the room: what it learns to do
 # where neither hint nor experience helps.
-_DECODER = (
+_LESSONS = (
   f'{_CONTEXT},max_env_steps=16,max_calls=44,lesson_options=expert_in_order:true,'
   'max_new_tokens=40,row_len=1152,loss_on=all,tokenizer_episodes=1500,vocab_size=1024,'
-  'episodes=11000,warm_hint_share=0.5,drills=9000,search_drills=7000,expert_error_rate=0.1,'
-  'optimizer=muon,learning_rate=3e-3')
+  'warm_hint_share=0.5,expert_error_rate=0.1,optimizer=muon,learning_rate=3e-3')
+# What looks for a word that it has read forms where little else is asked for; whole games keep it.
+_DRILLS = (
+  f'{_LESSONS},episodes=50,drills=0,search_drills=2500,match_drills=5000,label_drills=5000,'
+  'room_drills=3000')
+_DECODER = (
+  f'{_LESSONS},episodes=5000,drills=3000,search_drills=5000,match_drills=3000,label_drills=4000,'
+  'room_drills=4000')
+_STAGE = 'small_decoder_drills'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +108,13 @@ EXPERIMENTS = {
     'ReAct', f'{_REACT},max_new_tokens=0,row_len=1024,{_FORMAT}'),
   'stateact': Experiment(
     'StateAct', 'agent=stateact,max_new_tokens=0,max_context=1664,row_len=1536,' + _FORMAT),
+  _STAGE: Experiment(
+    'a decoder of 1.8 million parameters from random weights, first stage: drills',
+    _DRILLS, method='from_scratch'),
   'small_decoder': Experiment(
-    f'a decoder of 1.8 million parameters from random weights: {scratch_config.PUBLISHED}',
-    _DECODER, method='from_scratch'),
+    f'its second stage, whole games: {scratch_config.PUBLISHED}',
+    f'{_DECODER},start_decoder={{workdir}}/{_STAGE}/{from_scratch.MODEL_FOLDER}', (_STAGE,),
+    method='from_scratch'),
   'small': Experiment(
     'a second size: hint distillation of that decoder',
     f'setting=demo,model={scratch_config.PUBLISHED},{_REACT},max_new_tokens=40,row_len=1152,'
@@ -144,7 +155,8 @@ def run(name: str, workdir: pathlib.Path, machine: str) -> None:
     experience_retrieval.Experiment(config, folder).run()
   elif experiment.method == 'from_scratch':
     from_scratch.run(config, folder)
-    publish(folder / from_scratch.MODEL_FOLDER)
+    if name != _STAGE:
+      publish(folder / from_scratch.MODEL_FOLDER)
   else:
     hint_distillation.Loop(config, folder).run()
   print(results_table.file_run(

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,10 @@ def file_run(
   if data := os.environ.get('HINTSIGHT_DATA'):
     # Where the data lay on that machine says nothing on another one.
     text = text.replace(data.rstrip('/'), '${HINTSIGHT_DATA}')
-  text = text.replace(str(workdir.absolute()), '${workdir}').replace(f'{workdir}/', '${workdir}/')
+  # Its own folder, and another run's beside it from which it goes on.
+  for folder, shown in ((workdir, '${workdir}'), (workdir.parent, '${workdir}/..')):
+    for spelt in (folder.absolute(), folder):
+      text = re.sub(rf'"{re.escape(str(spelt))}(?=["/])', f'"{shown}', text)
   record = json.loads(text)
   record['measured'] = {
     'command': command, 'machine': machine,
@@ -130,22 +134,32 @@ def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def decoder_line(record: Mapping[str, Any]) -> str:
-  """What a decoder was trained on from random weights, and how well it reads."""
+  """What a decoder was trained on from random weights, stage by stage, and how well it reads."""
+  stages, earlier = [], record
+  while earlier:
+    stages.append(earlier)
+    # RUN/small_decoder, filed under the run's name.
+    start = pathlib.PurePosixPath(earlier.get('start_decoder', ''))
+    earlier = workdir_lib.read_record(path_of(start.parent.name, 'from_scratch'))
+
+  def total(key: str):
+    return sum(stage[key] for stage in stages)
+
+  drills = sum(stage[key] for stage in stages for key in stage if key.endswith('drills'))
   told, untold = (
-    100 * record['held_out'][key]['rule' if record['drills'] else 'replies']
-    for key in ('told', 'untold'))
-  if record['drills']:
-    drills = f' and {sum(record[key] for key in record if key.endswith("drills")):,} drills'
+    100 * record['held_out'][key]['rule' if drills else 'replies'] for key in ('told', 'untold'))
+  if drills:
+    learned = f'{total("episodes"):,} expert episodes and {drills:,} drills'
     reads = ('its first reply that names a verb is right in '
              f'{told:.0f} % where one of several hints tells it, and in {untold:.0f} % where a '
              'label does.')
   else:
-    drills = ''
+    learned = f'{total("episodes"):,} expert episodes'
     reads = (f"{told:.0f} % of its replies are the expert's, word for word, where hints are shown, "
              f'and {untold:.0f} % where none are.')
   return (
-    f'{record["parameters"]:,} parameters, trained on {record["tokens"]:,} tokens of '
-    f'{record["episodes"]:,} expert episodes{drills} in {record["wall_s"] / 60:.0f} minutes. '
+    f'{record["parameters"]:,} parameters, trained on {total("tokens"):,} tokens of '
+    f'{learned} in {total("wall_s") / 60:.0f} minutes. '
     f'In held-out episodes {reads}')
 
 

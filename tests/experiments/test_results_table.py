@@ -88,7 +88,8 @@ def test_scores_are_told_where_games_have_parts():
     'Mean score of 100: base 25.0, sft 40.0.')
 
 
-def test_a_decoder_says_what_its_environment_can_show():
+def test_a_decoder_says_what_its_environment_can_show(tmp_path, monkeypatch):
+  monkeypatch.setattr(results_table, 'RESULTS', tmp_path)
   record = {
     'parameters': 1000, 'tokens': 2000, 'episodes': 30, 'drills': 0, 'wall_s': 120.0,
     'held_out': {'told': {'replies': 0.5, 'rule': 0.9}, 'untold': {'replies': 0.2, 'rule': 0.8}}}
@@ -96,6 +97,11 @@ def test_a_decoder_says_what_its_environment_can_show():
   assert '30 expert episodes in 2 minutes' in line and '50 %' in line and '20 %' in line
   line = results_table.decoder_line({**record, 'drills': 7})
   assert '7 drills' in line and 'a verb is right in 90 %' in line and '80 %' in line
+  # A second stage counts its first one.
+  (tmp_path / 'from_scratch_first.json').write_text(json.dumps({**record, 'match_drills': 5}))
+  second = {**record, 'drills': 7, 'start_decoder': '${workdir}/../first/small_decoder'}
+  line = results_table.decoder_line(second)
+  assert '4,000 tokens of 60 expert episodes and 12 drills in 4 minutes' in line
 
 
 def test_a_filed_run_names_no_folder_of_the_machine(tmp_path, monkeypatch):
