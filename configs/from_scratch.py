@@ -40,10 +40,11 @@ DEFAULTS = dict(
   experience_format='summary',  # of it: chat, flat, summary
   # Household: lists of rules and the replies that follow from them, which teach to look up.
   drills=20000,
-  search_drills=0,  # likewise: labels one after the other, until one tells the goal's state
   match_drills=0,  # a goal, and states: is it the goal's?
   label_drills=0,  # a goal, and labels: does one tell its state?
   room_drills=0,  # a room, and its appliances in its order
+  search_drills=0,  # a room, a goal, and labels one after the other
+  game_drills=0,  # the same in the game's turns and in larger rooms
   loss_on='action',  # the replies; or all
   **{key: hint_distillation.DEFAULTS[key] for key in _OF_THE_LOOP},
   # The optimizer.

@@ -34,15 +34,16 @@ _REACT = f'{_CONTEXT},max_calls=28'
 _LESSONS = (
   f'{_CONTEXT},max_env_steps=16,max_calls=44,lesson_options=expert_in_order:true,'
   'max_new_tokens=40,row_len=1152,loss_on=all,tokenizer_episodes=1500,vocab_size=1024,'
-  'warm_hint_share=0.5,expert_error_rate=0.1,optimizer=muon,learning_rate=3e-3')
-# What looks for a word that it has read forms where little else is asked for; whole games keep it.
-_DRILLS = (
-  f'{_LESSONS},episodes=50,drills=0,search_drills=2500,match_drills=5000,label_drills=5000,'
-  'room_drills=3000')
-_DECODER = (
-  f'{_LESSONS},episodes=5000,drills=3000,search_drills=5000,match_drills=3000,label_drills=4000,'
-  'room_drills=4000')
-_STAGE = 'small_decoder_drills'
+  'warm_hint_share=0.5,expert_error_rate=0.1,optimizer=muon')
+# What looks for a word that it has read forms where little else is asked for, then in lines of a
+# search, then in whole games; each stage keeps the ones before.
+_STAGES = {
+  'small_decoder_words': 'episodes=30,drills=0,search_drills=2800,match_drills=5000,'
+    'label_drills=7000,learning_rate=3e-3',
+  'small_decoder_lines': 'episodes=5500,drills=4000,search_drills=5000,match_drills=5000,'
+    'label_drills=6000,room_drills=8000,learning_rate=2e-3',
+  'small_decoder': 'episodes=4500,drills=2000,search_drills=1500,match_drills=3000,'
+    'label_drills=3000,room_drills=2000,game_drills=5000,learning_rate=2e-3'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,21 @@ def _recipe(question: str, **changes):
   return _ablation(question, 'lora,exprag_lora,exprag_lora+matched', **changes)
 
 
+def _decoder_stages() -> dict[str, Experiment]:
+  """Each stage of the small decoder goes on from the one before."""
+  stages, earlier = {}, ''
+  for name, values in _STAGES.items():
+    config = f'{_LESSONS},{values}'
+    if earlier:
+      config += f',start_decoder={{workdir}}/{earlier}/{from_scratch.MODEL_FOLDER}'
+    stages[name] = Experiment(
+      'a decoder of 1.8 million parameters from random weights: '
+      + (scratch_config.PUBLISHED if name == 'small_decoder' else 'a stage of it'),
+      config, (earlier,) if earlier else (), 'from_scratch')
+    earlier = name
+  return stages
+
+
 # Of each method its configs, and what checks one.
 _METHODS = {
   'hint_distillation': (hint_config, hint_distillation),
@@ -108,13 +124,7 @@ EXPERIMENTS = {
     'ReAct', f'{_REACT},max_new_tokens=0,row_len=1024,{_FORMAT}'),
   'stateact': Experiment(
     'StateAct', 'agent=stateact,max_new_tokens=0,max_context=1664,row_len=1536,' + _FORMAT),
-  _STAGE: Experiment(
-    'a decoder of 1.8 million parameters from random weights, first stage: drills',
-    _DRILLS, method='from_scratch'),
-  'small_decoder': Experiment(
-    f'its second stage, whole games: {scratch_config.PUBLISHED}',
-    f'{_DECODER},start_decoder={{workdir}}/{_STAGE}/{from_scratch.MODEL_FOLDER}', (_STAGE,),
-    method='from_scratch'),
+  **_decoder_stages(),
   'small': Experiment(
     'a second size: hint distillation of that decoder',
     f'setting=demo,model={scratch_config.PUBLISHED},{_REACT},max_new_tokens=40,row_len=1152,'
@@ -155,7 +165,7 @@ def run(name: str, workdir: pathlib.Path, machine: str) -> None:
     experience_retrieval.Experiment(config, folder).run()
   elif experiment.method == 'from_scratch':
     from_scratch.run(config, folder)
-    if name != _STAGE:
+    if name == 'small_decoder':
       publish(folder / from_scratch.MODEL_FOLDER)
   else:
     hint_distillation.Loop(config, folder).run()

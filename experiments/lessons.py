@@ -29,9 +29,9 @@ from retrieval import hint_rules
 from training import packing
 
 _DRILL_RULES = (1, 4)  # in one drill, from and to; one alone is the first step of looking it up
-_SEARCHED = (5, 8)  # appliances of a room, from and to; the games' have five
-_MATCHED = (6, 18)  # states of a match drill, from and to
-_LABELS = (3, 10)  # likewise of a label drill
+_SEARCHED = 5  # appliances of a room, as in the games
+_FAR = (5, 8)  # likewise in a game drill, from and to
+_STATES = (3, 6)  # of a match or label drill, from and to
 _SAME_SHARE = 0.4  # of them that are the goal's
 _OTHER_WORLD = 1000  # added to the seed: the ids of products begin alike in both catalogues
 
@@ -238,47 +238,81 @@ def drill(tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain') -> 
 def search_drill(
   tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain'
 ) -> packing.Example:
-  """A search and nothing else: an expert with the thing in hand reads labels in a room's order.
+  """A room, a goal, and labels one after the other: what an expert replies to each.
 
   Whether a label tells the state of the goal, and which appliance is the next of the room, is asked
-  once or twice in an episode of 500 tokens; here after every label, in the game's own turns, and in
-  rooms larger than the game's, so that the goal is as far away as in a whole game. The game lists
-  its rooms by the alphabet, these are in any order: in the game's a small decoder learned which
-  appliance follows another one in the alphabet, and not to look it up.
+  once or twice in an episode of 500 tokens; here after every label. The game lists its rooms by the
+  alphabet, these are in any order: in the game's a small decoder learned which appliance follows
+  another one in the alphabet, and not to look it up.
   """
   key = f'search drill {seed} {index}'
   rng = random.Random(key)
-  words = drawn_states(key)
-  rules = [
-    dataclasses.replace(rule, state=words[rule.state])
-    for rule in rng.sample(
-      household_skills.draw('warm', seed, key), rng.randint(*_SEARCHED))]
-  wanted = rng.choice(rules)
-  thing = rng.choice(household_games.SKILL_THINGS).lower()
-  room = _room([f'{rule.appliance} 1' for rule in rules], rng)
-  goal = f'make a {wanted.state} {thing}.'
+  room, goal, moves = _search(key, seed, rng, _SEARCHED)
+  pieces = [(f'You see {household.listing(room)}.\nYour task is to: {goal}\n', False)]
+  reply_format = formats.get_format(agent)
+  for decision, place, rule in moves:
+    pieces += [(f'{reply}\n', True) for reply in reply_format.render(decision, goal, ())]
+    if rule:
+      pieces.append((f'On the {place}, you see nothing. {household.label(rule)}\n', False))
+  return _drilled(tokenizer, pieces, key)
+
+
+def game_drill(
+  tokenizer: Tokenizer, seed: int, index: int, agent: str = 'plain'
+) -> packing.Example:
+  """The same search in the game's own turns and in larger rooms, as far from the goal as in games.
+
+  A decoder of the lines of `search_drill` alone took 85 % of the right labels there, 47 % in games.
+  """
+  key = f'game drill {seed} {index}'
+  rng = random.Random(key)
+  room, goal, moves = _search(key, seed, rng, rng.randint(*_FAR))
   chat, reply_format = tokenizer.chat, formats.get_format(agent)
   pieces: list[tuple[str | Sequence[int], bool]] = [
     (chat.system_to_user, False), (prompts.task_text(goal, household.first_look(room)), False)]
 
-  def take(action: str, thought: str, observation: str) -> None:
-    *thoughts, last = reply_format.render(Decision(action, thought), goal, ())
+  def take(decision: Decision, observation: str) -> None:
+    *thoughts, last = reply_format.render(decision, goal, ())
     for reply, answer in (
-        *((reply, formats.THOUGHT_ANSWER) for reply in thoughts), (last, observation)):
+        *((thought, formats.THOUGHT_ANSWER) for thought in thoughts), (last, observation)):
       pieces.extend((
         (chat.user_to_assistant, False), (reply, True), ([chat.end_of_turn], True),
         (chat.assistant_to_user, False), (answer, False)))
 
+  for decision, place, rule in moves:
+    seen = f'On the {place}, you see nothing.'
+    take(decision, f'You arrive at {place}. {seen}' if rule else '')
+    if rule:
+      take(Decision(f'examine {place}', ''), f'{seen} {household.label(rule)}')
+  return _drilled(tokenizer, pieces, key)
+
+
+def _search(
+  key: str, seed: int, rng: random.Random, appliances: int
+) -> tuple[list[str], str, list[tuple[Decision, str, Rule | None]]]:
+  """A search by an expert that has the thing in hand.
+
+  Returns:
+    The room's furniture; the goal; moves, each with its place and the rule whose label is read
+    there, None for the last one, which makes the state.
+  """
+  words = drawn_states(key)
+  rules = [
+    dataclasses.replace(rule, state=words[rule.state])
+    for rule in rng.sample(household_skills.draw('warm', seed, key), appliances)]
+  wanted = rng.choice(rules)
+  thing = rng.choice(household_games.SKILL_THINGS).lower()
+  room = _room([f'{rule.appliance} 1' for rule in rules], rng)
+  moves: list[tuple[Decision, str, Rule | None]] = []
   for read, rule in zip((None, *rules), rules, strict=False):
     place = f'{rule.appliance} 1'
-    seen = f'On the {place}, you see nothing.'
-    take(f'go to {place}', household_expert.search_thought(wanted.state, place, read),
-         f'You arrive at {place}. {seen}')
-    take(f'examine {place}', '', f'{seen} {household.label(rule)}')
+    thought = household_expert.search_thought(wanted.state, place, read)
+    moves.append((Decision(f'go to {place}', thought), place, rule))
     if rule is wanted:
       break
-  take(f'{rule.verb} {thing} 1 with {place}', household_expert.use_thought(rule, thing), '')
-  return _drilled(tokenizer, pieces, key)
+  last = Decision(
+    f'{wanted.verb} {thing} 1 with {place}', household_expert.use_thought(wanted, thing))
+  return room, f'make a {wanted.state} {thing}.', [*moves, (last, place, None)]
 
 
 def match_drill(
@@ -291,7 +325,7 @@ def match_drill(
   """
   key = f'match drill {seed} {index}'
   rng = random.Random(key)
-  wanted, thing, states = _goal_and_states(key, rng, _MATCHED)
+  wanted, thing, states = _goal_and_states(key, rng)
   pieces = [(f'make a {wanted} {thing}.\n', False)]
   for state in states:
     kind = thing if state == wanted else 'thing'
@@ -308,7 +342,7 @@ def label_drill(
   """
   key = f'label drill {seed} {index}'
   rng = random.Random(key)
-  wanted, thing, states = _goal_and_states(key, rng, _LABELS)
+  wanted, thing, states = _goal_and_states(key, rng)
   pieces = [(f'make a {wanted} {thing}.\n', False)]
   for state in states:
     verb = rng.choice(household_skills.VERBS)
@@ -327,8 +361,7 @@ def room_drill(
   """A room, and its appliances in its order: which is the next one? Half of the tokens answer."""
   key = f'room drill {seed} {index}'
   rng = random.Random(key)
-  places = [f'{name} 1' for name in rng.sample(
-    household_skills.APPLIANCES, rng.randint(*_SEARCHED))]
+  places = [f'{name} 1' for name in rng.sample(household_skills.APPLIANCES, _SEARCHED)]
   pieces = [(f'You see {household.listing(_room(places, rng))}.\n', False)]
   for place in places:
     pieces += [('I try the', False), (f' {place}', True), ('.\n', False)]
@@ -337,8 +370,8 @@ def room_drill(
 
 # The keys of configs/from_scratch.py that say how many -> what makes one.
 DRILLS = {
-  'drills': drill, 'search_drills': search_drill, 'match_drills': match_drill,
-  'label_drills': label_drill, 'room_drills': room_drill}
+  'drills': drill, 'match_drills': match_drill, 'label_drills': label_drill,
+  'room_drills': room_drill, 'search_drills': search_drill, 'game_drills': game_drill}
 
 
 def _room(places: Sequence[str], rng: random.Random) -> list[str]:
@@ -349,14 +382,12 @@ def _room(places: Sequence[str], rng: random.Random) -> list[str]:
   return room
 
 
-def _goal_and_states(
-  key: str, rng: random.Random, number: tuple[int, int]
-) -> tuple[str, str, list[str]]:
-  """A goal's state and thing, and so many states, from and to, some of which are the goal's."""
+def _goal_and_states(key: str, rng: random.Random) -> tuple[str, str, list[str]]:
+  """A goal's state and thing, and three to six states of which two in five are the goal's."""
   wanted, *others = drawn_states(key).values()
   thing = rng.choice(household_games.SKILL_THINGS).lower()
-  states = [wanted if rng.random() < _SAME_SHARE else rng.choice(others)
-            for _ in range(rng.randint(*number))]
+  states = [wanted if rng.random() < _SAME_SHARE else other
+            for other in others[:rng.randint(*_STATES)]]
   return wanted, thing, states
 
 

@@ -99,14 +99,14 @@ def test_a_trained_decoder_is_published_and_filed(tmp_path, monkeypatch):
     (folder / 'summary.json').write_text(json.dumps({'start_decoder': config.start_decoder}))
 
   monkeypatch.setattr(from_scratch, 'run', run)
-  with pytest.raises(errors.UserError, match='run small_decoder_drills first'):
+  with pytest.raises(errors.UserError, match='run small_decoder_lines first'):
     evidence.run('small_decoder', tmp_path, 'a machine')
-  for name in ('small_decoder_drills', 'small_decoder'):
+  for name in ('small_decoder_words', 'small_decoder_lines', 'small_decoder'):
     evidence.run(name, tmp_path, 'a machine')
   # Only the finished one, and where it began is told for any machine.
   assert published == [tmp_path / 'small_decoder' / from_scratch.MODEL_FOLDER]
   filed = json.loads((tmp_path / 'results' / 'from_scratch_small_decoder.json').read_text())
-  assert filed['start_decoder'] == '${workdir}/../small_decoder_drills/small_decoder'
+  assert filed['start_decoder'] == '${workdir}/../small_decoder_lines/small_decoder'
 
 
 def test_the_published_decoder_is_the_trained_one_in_bfloat16(tmp_path):

@@ -21,8 +21,8 @@ from training import checkpoint, packing
 from training import step as step_lib
 
 TINY = ('vocab_size=420,embed_dim=32,num_layers=2,num_heads=2,num_kv_heads=1,mlp_dim=48,'
-        'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=4,search_drills=3,'
-        'match_drills=1,label_drills=1,room_drills=1,row_len=1024,checkpoint_every=4,'
+        'episodes=24,tokenizer_episodes=30,held_out_episodes=4,drills=4,search_drills=2,'
+        'match_drills=1,label_drills=1,room_drills=1,game_drills=1,row_len=1024,checkpoint_every=4,'
         'dtype=float32,optimizer=muon')
 HOSTILE = 'Wo liegt "Gießkanne" 12?\n\n<|im_end|>\t🙂 cafe\u0301\x00'
 

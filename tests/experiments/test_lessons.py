@@ -134,6 +134,39 @@ def test_a_search_drill_reads_labels_until_one_tells_the_state(speller, agent):
     assert (example.tokens == lessons_lib.search_drill(speller, 0, index, agent).tokens).all()
     starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
     room, *parts = (speller.decode(part) for part in np.split(example.tokens, starts))
+    replies, labels = parts[::2], parts[1::2]
+    wanted, thing = re.search(r'make a (\w+) (\w+)\.', room).groups()
+    listed = [name for name in re.findall(r'a (\w+) 1', room)
+              if name in household_skills.APPLIANCES]
+    assert len(listed) == 5
+    by_the_alphabet += listed == sorted(listed)
+    told = [re.search(r'On the (\w+) 1, .* reads: (\w+) things here to make them (\w+)\.', label)
+            .groups() for label in labels]
+    # In the order of the room, up to the one that tells it.
+    assert [appliance for appliance, _, _ in told] == listed[:len(told)]
+    assert [state == wanted for _, _, state in told] == [False] * (len(told) - 1) + [True]
+    whys = [f'To make it {wanted}, read the labels.',
+            *(f'I can make a {state} thing here.' for _, _, state in told)]
+    for appliance, why, reply in zip(listed, whys, replies[:-1], strict=False):
+      assert reply.splitlines()[-1] == f'go to {appliance} 1'
+      assert (f'think: {why} I try the {appliance} 1.' in reply) == (agent == 'react')
+    appliance, verb, _ = told[-1]
+    *thoughts, last = replies[-1].splitlines()
+    assert last == f'{verb} {thing} 1 with {appliance} 1'
+    assert thoughts == [f'think: I can make a {wanted} {thing} here. I {verb} it.'] * (
+      agent == 'react')
+    lengths.add(len(told))
+  assert len(lengths) > 2 and by_the_alphabet < 3
+
+
+@pytest.mark.parametrize('agent', ['plain', 'react'])
+def test_a_game_drill_reads_labels_until_one_tells_the_state(speller, agent):
+  lengths, by_the_alphabet = set(), 0
+  for index in range(12):
+    example = lessons_lib.game_drill(speller, 0, index, agent)
+    assert (example.tokens == lessons_lib.game_drill(speller, 0, index, agent).tokens).all()
+    starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
+    room, *parts = (speller.decode(part) for part in np.split(example.tokens, starts))
     replies = parts[::2]
     answers = [re.fullmatch(r'\s*user\n(.*)\nassistant\n', part, re.S)[1] for part in parts[1:-1:2]]
     wanted, thing = re.search(r'make a (\w+) (\w+)\.', room).groups()
@@ -211,7 +244,7 @@ def test_a_match_drill_tells_the_goal_s_state_from_others(speller):
       state, kind = re.fullmatch(r'a (\w+)< (\w+)>\.', line).groups()
       assert kind == (thing if state == wanted else 'thing')
       same.append(state == wanted)
-    assert 6 <= len(lines) <= 18
+    assert 3 <= len(lines) <= 6
   assert 0.3 < np.mean(same) < 0.5
 
 
@@ -236,7 +269,7 @@ def test_a_room_drill_names_the_appliances_in_their_order(speller):
     room, *lines = _lines(speller, 'room_drills', index)
     listed = re.findall(r'an? (\w+ 1)', room)
     appliances = [name for name in listed if name.split()[0] in household_skills.APPLIANCES]
-    assert 5 <= len(appliances) <= 8 and len(listed) - len(appliances) in (1, 2)
+    assert len(appliances) == 5 and len(listed) in (6, 7)
     assert lines == [f'I try the< {name}>.' for name in appliances]
     by_the_alphabet += appliances == sorted(appliances)
   assert by_the_alphabet < 3
