@@ -5,8 +5,9 @@ anew, with the javac of a JDK): steps without the logging of all names, and a pa
 out only the names that an input begins with. And the class of all objects is changed as it is
 read from the package (`with_ours`). It gets a hash of its own, as it has an equality of its
 own: without one, its sets are searched one by one, or go through their objects in another order
-in every run. And what lies within an object, which goals ask for at every step, is collected in
-one set and not copied at every level.
+in every run. What lies within an object, which goals ask for at every step, is collected in one
+set and not copied at every level. And where nothing lies in it, as in most objects, nothing is
+copied either.
 """
 
 import hashlib
@@ -29,7 +30,12 @@ _ENTRY_SIZES = {3: 5, 4: 5, 5: 9, 6: 9, 7: 3, 8: 3, 9: 5, 10: 5, 11: 5, 12: 5, 1
                 18: 5, 19: 3, 20: 3}
 _TEXT, _LONG, _DOUBLE, _CLASS, _METHOD, _NAME_AND_TYPE = 1, 5, 6, 7, 10, 12
 _PUBLIC = 1
+_VIRTUAL, _SPECIAL, _STATIC = 0xb6, 0xb7, 0xb8  # calls
 _WITHIN = b'getContainedObjectsAndPortalsRecursive', b'(ZZ)Lscala/collection/immutable/Set;'
+# Methods that copy a set, and the private one that returns it.
+_COPIES = {
+  (b'getContainedObjects', b'(Z)Lscala/collection/immutable/Set;'): b'containedObjects',
+  (b'getPortals', b'(Z)Lscala/collection/immutable/Set;'): b'portals'}
 
 
 def _u2(data: bytes, at: int) -> int:
@@ -83,10 +89,11 @@ def _members_end(data: bytes, at: int) -> int:
 
 
 def with_ours(data: bytes) -> bytes:
-  """The class of the simulator's objects with two methods of ours.
+  """The class of the simulator's objects with four methods of ours.
 
-  `public int hashCode()` is added and returns (int) uuid(), and the body of
-  `getContainedObjectsAndPortalsRecursive` becomes a call of FastGame.within.
+  `public int hashCode()` is added and returns (int) uuid(). The body of
+  `getContainedObjectsAndPortalsRecursive` becomes a call of FastGame.within, those of
+  `getContainedObjects` and `getPortals` become calls of FastGame.copy.
 
   Args:
     data: EnvObject's class file.
@@ -106,32 +113,52 @@ def with_ours(data: bytes) -> bytes:
   this, fields = _u2(data, end + 2), end + 8 + 2 * _u2(data, end + 6)
   methods = _members_end(data, fields)
   after = _members_end(data, methods)
-  added = [
-    _text(b'Code'), _text(b'hashCode'), _text(b'()I'),
-    _text(b'uuid'), _text(b'()J'), _entry(_NAME_AND_TYPE, first + 3, first + 4),
-    _entry(_METHOD, this, first + 5),
-    _text(b'hintsight/FastGame'), _entry(_CLASS, first + 7),
-    _text(b'within'), _text(b'(Lscienceworld/struct/EnvObject;' + _WITHIN[1][1:]),
-    _entry(_NAME_AND_TYPE, first + 9, first + 10), _entry(_METHOD, first + 8, first + 11)]
+  added: list[bytes] = []
+
+  def add(entry: bytes) -> int:
+    """An entry's index."""
+    added.append(entry)
+    return first + len(added) - 1
+
+  def method(owner: int, name: bytes, descriptor: bytes) -> int:
+    return add(_entry(_METHOD, owner, add(_entry(
+      _NAME_AND_TYPE, add(_text(name)), add(_text(descriptor))))))
+
+  code_name = add(_text(b'Code'))
+  ours = add(_entry(_CLASS, add(_text(b'hintsight/FastGame'))))
 
   def body(code: bytes, stack: int, local: int) -> bytes:
     """The attributes of a method: one, its code, without handlers or attributes."""
     content = struct.pack('>HHI', stack, local, len(code)) + code + struct.pack('>HH', 0, 0)
-    return struct.pack('>HHI', 1, first, len(content)) + content
+    return struct.pack('>HHI', 1, code_name, len(content)) + content
+
+  def call(code: int, index: int) -> bytes:
+    return struct.pack('>BH', code, index)
 
   # aload_0, invokevirtual uuid, l2i, ireturn: a long is two words.
-  hashed = struct.pack('>HHH', _PUBLIC, first + 1, first + 2) + body(
-    b'\x2a\xb6' + struct.pack('>H', first + 6) + b'\x88\xac', 2, 1)
+  hashed = struct.pack('>HHH', _PUBLIC, add(_text(b'hashCode')), add(_text(b'()I'))) + body(
+    b'\x2a' + call(_VIRTUAL, method(this, b'uuid', b'()J')) + b'\x88\xac', 2, 1)
   # aload_0, iload_1, iload_2, invokestatic within, areturn.
-  forward = body(b'\x2a\x1b\x1c\xb8' + struct.pack('>H', first + 12) + b'\xb0', 3, 3)
+  within = method(ours, b'within', b'(Lscienceworld/struct/EnvObject;' + _WITHIN[1][1:])
+  bodies = {_WITHIN: body(b'\x2a\x1b\x1c' + call(_STATIC, within) + b'\xb0', 3, 3)}
+  copy = method(
+    ours, b'copy', b'(Lscala/collection/mutable/Set;Z)Lscala/collection/immutable/Set;')
+  for known, own in _COPIES.items():
+    # aload_0, invokespecial the set, iload_1, invokestatic copy, areturn.
+    inner = method(this, own, b'()Lscala/collection/mutable/Set;')
+    bodies[known] = body(
+      b'\x2a' + call(_SPECIAL, inner) + b'\x1b' + call(_STATIC, copy) + b'\xb0', 2, 2)
   texts = _texts(data)
-  kept, found, at = [], 0, methods + 2
+  kept, names, at = [], set(), methods + 2
   for _ in range(_u2(data, methods)):
     stop = _member_end(data, at)
     own = tuple(texts[_u2(data, at + offset)] for offset in (2, 4))
-    kept.append(data[at:at + 6] + forward if own == _WITHIN else data[at:stop])
-    found, at = found + (own == _WITHIN), stop
-  if not found or _text(b'uuid') not in data:
+    kept.append(data[at:at + 6] + bodies[own] if own in bodies else data[at:stop])
+    names.add(own)
+    at = stop
+  needed = {*bodies, (b'uuid', b'()J'),
+            *((own, b'()Lscala/collection/mutable/Set;') for own in _COPIES.values())}
+  if not needed <= names:
     raise ValueError('EnvObject has other methods')
   return b''.join((
     data[:8], struct.pack('>H', first + len(added)), data[10:end], *added, data[end:methods],

@@ -35,6 +35,9 @@ import scienceworld.tasks.goals.ObjMonitor;
 public final class FastGame {
   private static final String[] BY_THE_INTERFACE = {"help", "objects", "task"};
 
+  private static final scala.collection.immutable.Set$ NOTHING =
+      scala.collection.immutable.Set$.MODULE$;
+
   private final PythonInterface game;
   private final AgentInterface agent;
 
@@ -85,6 +88,29 @@ public final class FastGame {
     HashSet<EnvObject> found = new HashSet<>();
     collect(object, hidden, connections, found);
     return found.toSet();
+  }
+
+  /**
+   * What EnvObject.getContainedObjects and getPortals return of their sets, in the same order: most
+   * are empty, and the library goes through a table of 32 places to find that out.
+   */
+  public static <T extends EnvObject> scala.collection.immutable.Set<T> copy(
+      scala.collection.mutable.Set<T> objects, boolean hidden) {
+    if (objects.isEmpty()) {
+      return NOTHING.empty();
+    }
+    if (hidden) {
+      return objects.toSet();
+    }
+    HashSet<T> seen = new HashSet<>();
+    Iterator<T> all = objects.iterator();
+    while (all.hasNext()) {
+      T one = all.next();
+      if (!one.isHidden()) {
+        seen.add(one);
+      }
+    }
+    return seen.toSet();
   }
 
   private static void collect(
