@@ -66,8 +66,9 @@ def file_run(
     text = text.replace(data.rstrip('/'), '${HINTSIGHT_DATA}')
   # Its own folder, and another run's beside it from which it goes on.
   for folder, shown in ((workdir, '${workdir}'), (workdir.parent, '${workdir}/..')):
-    for spelt in (folder.absolute(), folder):
-      text = re.sub(rf'"{re.escape(str(spelt))}(?=["/])', f'"{shown}', text)
+    for spelt in {folder.absolute(), folder} - {pathlib.Path()}:
+      # The whole path, wherever it stands in a list of them.
+      text = re.sub(rf'(?<![\w./-]){re.escape(str(spelt))}(?=["/,])', shown, text)
   record = json.loads(text)
   record['measured'] = {
     'command': command, 'machine': machine,

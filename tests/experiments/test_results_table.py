@@ -111,3 +111,7 @@ def test_a_filed_run_names_no_folder_of_the_machine(tmp_path, monkeypatch):
   (run / 'summary.json').write_text(json.dumps({'adapter': f'{run}/lora/adapter'}))
   path = results_table.file_run(run, 'x', command='c', machine='m')
   assert json.loads(path.read_text())['adapter'] == '${workdir}/lora/adapter'
+  # Of several in one value, and of a run beside it whose name begins as its own does.
+  (run / 'summary.json').write_text(json.dumps({'data': f'{run}/a,{run},{run}_2/b'}))
+  path = results_table.file_run(run, 'x', command='c', machine='m')
+  assert json.loads(path.read_text())['data'] == '${workdir}/a,${workdir},${workdir}/../run_2/b'
