@@ -186,6 +186,11 @@ def reply_accuracy(model, state, episodes: Sequence[trajectory.Episode]) -> dict
     ('replies', right), ('rule', rule), ('label', label), ('goal_label', goal_label))}
 
 
+def drill_counts(config) -> dict[str, int]:
+  """How many drills of each kind a run learns from."""
+  return {name: config[name] for name in lessons_lib.DRILLS}
+
+
 def predict(
   config, lessons: lessons_lib.Lessons, tokenizer: Tokenizer, architecture
 ) -> dict[str, float]:
@@ -200,8 +205,8 @@ def predict(
   own = [len(e.tokens) for e in lessons.play(
     tokenizer, 'train', min(_SAMPLED_LESSONS, config.episodes))]
   tokens = config.episodes * np.mean(own)
-  for name, make in lessons_lib.DRILLS.items():
-    count = config[name]
+  for name, count in drill_counts(config).items():
+    make = lessons_lib.DRILLS[name]
     sampled = [len(make(tokenizer, config.seed, index, config.agent).tokens)
                for index in range(min(_SAMPLED_LESSONS, count))]
     tokens += count * np.mean(sampled or [0])
@@ -220,7 +225,7 @@ def check(config) -> None:
   from training import optimizer
 
   train.check(config)
-  drills = {name: config[name] for name in lessons_lib.DRILLS}
+  drills = drill_counts(config)
   if min(config.episodes, config.tokenizer_episodes, config.held_out_episodes) < 1 or (
       min(drills.values()) < 0):
     raise errors.UserError(
@@ -275,7 +280,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       lessons, config.vocab_size, config.tokenizer_episodes, workdir / 'tokenizer')
     architecture = make_config(config, tokenizer.vocab_size)
   predicted = predict(config, lessons, tokenizer, architecture)
-  drills = {name: config[name] for name in lessons_lib.DRILLS}
+  drills = drill_counts(config)
   print(f'{config.episodes} lessons and {sum(drills.values())} drills: '
         f'{predicted["tokens"]:,.0f} tokens, at least {predicted["minutes"]:.0f} min of training',
         flush=True)

@@ -126,6 +126,21 @@ def test_a_slow_environment_plays_a_lesson_once():
   assert Slow.made == 1 and played[0] == played[1] and played[0][-1].won
 
 
+def _search(room, labels):
+  """(goal's state, its thing, the room's appliances, what labels tell, why each place is tried)."""
+  wanted, thing = re.search(r'make a (\w+) (\w+)\.', room).groups()
+  listed = [name for name in re.findall(r'a (\w+) 1', room)
+            if name in household_skills.APPLIANCES]
+  told = [re.search(r'On the (\w+) 1, .* reads: (\w+) things here to make them (\w+)\.', label)
+          .groups() for label in labels]
+  # In the order of the room, up to the one that tells it.
+  assert [appliance for appliance, _, _ in told] == listed[:len(told)]
+  assert [state == wanted for _, _, state in told] == [False] * (len(told) - 1) + [True]
+  whys = [f'To make it {wanted}, read the labels.',
+          *(f'I can make a {state} thing here.' for _, _, state in told)]
+  return wanted, thing, listed, told, whys
+
+
 @pytest.mark.parametrize('agent', ['plain', 'react'])
 def test_a_search_drill_reads_labels_until_one_tells_the_state(speller, agent):
   lengths, by_the_alphabet = set(), 0
@@ -135,18 +150,9 @@ def test_a_search_drill_reads_labels_until_one_tells_the_state(speller, agent):
     starts = np.flatnonzero(np.diff(example.loss_mask)) + 1
     room, *parts = (speller.decode(part) for part in np.split(example.tokens, starts))
     replies, labels = parts[::2], parts[1::2]
-    wanted, thing = re.search(r'make a (\w+) (\w+)\.', room).groups()
-    listed = [name for name in re.findall(r'a (\w+) 1', room)
-              if name in household_skills.APPLIANCES]
+    wanted, thing, listed, told, whys = _search(room, labels)
     assert len(listed) == 5
     by_the_alphabet += listed == sorted(listed)
-    told = [re.search(r'On the (\w+) 1, .* reads: (\w+) things here to make them (\w+)\.', label)
-            .groups() for label in labels]
-    # In the order of the room, up to the one that tells it.
-    assert [appliance for appliance, _, _ in told] == listed[:len(told)]
-    assert [state == wanted for _, _, state in told] == [False] * (len(told) - 1) + [True]
-    whys = [f'To make it {wanted}, read the labels.',
-            *(f'I can make a {state} thing here.' for _, _, state in told)]
     for appliance, why, reply in zip(listed, whys, replies[:-1], strict=False):
       assert reply.splitlines()[-1] == f'go to {appliance} 1'
       assert (f'think: {why} I try the {appliance} 1.' in reply) == (agent == 'react')
@@ -169,19 +175,10 @@ def test_a_game_drill_reads_labels_until_one_tells_the_state(speller, agent):
     room, *parts = (speller.decode(part) for part in np.split(example.tokens, starts))
     replies = parts[::2]
     answers = [re.fullmatch(r'\s*user\n(.*)\nassistant\n', part, re.S)[1] for part in parts[1:-1:2]]
-    wanted, thing = re.search(r'make a (\w+) (\w+)\.', room).groups()
-    listed = [name for name in re.findall(r'a (\w+) 1', room)
-              if name in household_skills.APPLIANCES]
+    labels = [answer for answer in answers if 'reads' in answer]
+    wanted, thing, listed, told, whys = _search(room, labels)
     assert 5 <= len(listed) <= 8 and room.startswith('\nuser\nYou are in the middle of a room.')
     by_the_alphabet += listed == sorted(listed)
-    labels = [answer for answer in answers if 'reads' in answer]
-    told = [re.search(r'On the (\w+) 1, .* reads: (\w+) things here to make them (\w+)\.', label)
-            .groups() for label in labels]
-    # In the order of the room, up to the one that tells it.
-    assert [appliance for appliance, _, _ in told] == listed[:len(told)]
-    assert [state == wanted for _, _, state in told] == [False] * (len(told) - 1) + [True]
-    whys = [f'To make it {wanted}, read the labels.',
-            *(f'I can make a {state} thing here.' for _, _, state in told)]
     expected = []
     for appliance, why in zip(listed[:len(told)], whys, strict=False):
       expected += [f'think: {why} I try the {appliance} 1.', f'go to {appliance} 1',
