@@ -187,8 +187,9 @@ def fit(
     rows: `packing.Rows`, at least one with a loss token.
     mesh: of `choose_mesh`.
     score: says how good a `decoder.Model` is, the higher the better, such as the share of tasks
-      that it solves. Asked at every checkpoint; the one with the highest score is what training
-      ends with. It must not keep the model, whose arrays the next step takes.
+      that it solves. Asked at every `checkpoint_every` steps and the last; the one with the highest
+      score is what training ends with. It must not keep the model, whose arrays the next step
+      takes.
     mirror: where `workdir` is the local end of a remote folder, which then gets the checkpoints.
 
   Returns:
@@ -278,7 +279,11 @@ def fit(
     if score and step not in checkpoints.scores:
       checkpoints.mark(step, score(dataclasses.replace(model, lora=state.lora)))
 
-  if start:
+  def planned(step: int) -> bool:
+    """Whether a run that nobody stops has a checkpoint there, one that a score may choose."""
+    return step == batches.num_steps or (step > 0 and step % config.checkpoint_every == 0)
+
+  if planned(start):
     give_score(start)
 
   # What it will take.
@@ -330,8 +335,7 @@ def fit(
           metrics.add(step, values, batches.tokens_in(step), data_s)
         profile.after(step, state)
         last, stops = step + 1 == batches.num_steps, preemption.stops_after(step)
-        regular = last or (step + 1) % config.checkpoint_every == 0
-        if regular or stops:
+        if planned(step + 1) or stops:
           # Also keeps a state that is not finite from being saved.
           metrics.flush()
           checkpoints.save(state)
@@ -342,7 +346,7 @@ def fit(
             f'Asked to stop (SIGTERM): step {step + 1} of {batches.num_steps} is saved in '
             f'{checkpoints.folder}; start the same command again to go on.'
           )
-        if regular:
+        if planned(step + 1):
           # While the checkpoint is being written.
           give_score(step + 1)
     loop_s = time.perf_counter() - loop_started

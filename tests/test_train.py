@@ -348,6 +348,25 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(rooms, finished, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_stop_adds_no_candidate(rooms, finished, tmp_path):
+  """Which checkpoints may become the adapter does not depend on where a run was stopped."""
+  config = train_config.make(values(rooms))
+  with pytest.raises(errors.Preempted):
+    train.run(config, tmp_path, score=terminate_after(1))
+  later = []
+
+  def score(model):
+    later.append(model)
+    return 0.0
+
+  assert train.run(config, tmp_path, score=score)['resumed_at'] == 8
+  steps = json.loads((finished[1] / 'summary.json').read_text())['steps']
+  scores = json.loads((tmp_path / 'checkpoints' / 'scores.json').read_text())
+  assert sorted(map(int, scores)) == [*range(7, steps, 7), steps]
+  assert len(later) == len(scores) - 1
+
+
+@pytest.mark.slow
 def test_goes_on_with_another_mesh(rooms, tmp_path):
   changes = {'batch_rows': 8, 'checkpoint_every': 2, 'epochs': 6}
   whole = train_config.make(values(rooms, mesh='8,1,1', **changes))
