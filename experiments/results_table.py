@@ -276,6 +276,55 @@ def experience_tables(records: Sequence[Mapping[str, Any]], *, brief: bool = Fal
     measured_line(records)])
 
 
+_ABLATED = ('easy/exprag_lora+matched', 'hard/exprag_lora+matched', 'hard/exprag_lora',
+            'easy/lora', 'hard/lora')
+# What a record's config says besides the recipe.
+_NOT_RECIPE = ('evaluate',)
+
+
+def _changes(record: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+  """The config keys in which a record differs, as its command line has them."""
+  return ', '.join(
+    f'`{key}={value:g}`' if isinstance(value, float) else f'`{key}={value}`'
+    for key, value in record['config'].items()
+    if key not in _NOT_RECIPE and value != reference['config'].get(key))
+
+
+def _is_ablation(record: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:
+  """Whether it played the reference's own games with one factor changed."""
+  same = ('setting', 'model', 'seed', 'eval_games', 'index_games')
+  return (record is not reference and record['won']['tasks'] == reference['won']['tasks']
+          and all(record['config'].get(key) == reference['config'].get(key) for key in same))
+
+
+def ablations_table(
+  reference: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]
+) -> str:
+  """One-factor ablations of experience retrieval as Markdown.
+
+  Args:
+    reference: the run with the recipe as it is.
+    records: name -> a run with one factor changed, on the same games.
+  """
+  shown = [id_ for id_ in _ABLATED
+           if any(id_ in record['won']['rows'] for record in records.values())]
+  lines = [
+    '| changed | ' + ' | '.join(shown) + ' | hard, matched: difference (95 % interval) |',
+    '|---' * (len(shown) + 2) + '|']
+  for record in [reference, *records.values()]:
+    rates = {row['id']: row for row in record['rows']}
+    cells = [f'{100 * rates[id_]["success_rate"]:.1f}' if id_ in rates else '' for id_ in shown]
+    difference = ''
+    if record is not reference:
+      won, own = (np.array(r['won']['rows'][_ABLATED[1]]) for r in (record, reference))
+      found = summary.bootstrap([won - own])
+      low, high = (100 * x for x in found['ci95'])
+      difference = f'{100 * found["difference"]:+.1f} ({low:+.1f} to {high:+.1f})'
+    lines.append(
+      f'| {_changes(record, reference) or "nothing"} | ' + ' | '.join(cells) + f' | {difference} |')
+  return '\n'.join([*lines, '', measured_line(list(records.values()))])
+
+
 # The two pages.
 
 
@@ -326,12 +375,19 @@ def evidence() -> str:
   seeds = _experience_seeds()
   if seeds:
     section('Experience retrieval', experience_tables(seeds))
-  for path in sorted(RESULTS.glob(f'{_EXPERIENCE}_*.json')):
-    name = path.stem.removeprefix(f'{_EXPERIENCE}_')
-    if name not in _SEEDS:
+  names = [path.stem.removeprefix(f'{_EXPERIENCE}_')
+           for path in sorted(RESULTS.glob(f'{_EXPERIENCE}_*.json'))]
+  others = {name: load(name, _EXPERIENCE) for name in names if name not in _SEEDS}
+  ablations = {name: record for name, record in others.items()
+               if seeds and _is_ablation(record, seeds[0])}
+  if ablations:
+    section('Experience retrieval, one factor at a time: success %',
+            ablations_table(seeds[0], ablations))
+  for name, record in others.items():
+    if name not in ablations:
       section(f'Experience retrieval: {name.replace("_", " ")}',
               (f'{decoder_line(own)}\n\n' if (own := load(name, 'from_scratch')) else '')
-              + experience_tables([load(name, _EXPERIENCE)]))
+              + experience_tables([record]))
   if record := workdir_lib.read_record(aot_table.PATH):
     section('Qwen2.5 on TPU slices and on H200, compiled ahead of time', aot_table.section(record))
   from experiments.bench import cost_model  # Needs jax, which --help does not wait for.

@@ -73,6 +73,29 @@ def test_experience_retrieval_is_policies_by_conditions_over_seeds():
   assert 'costs' not in brief and '- hard/exprag_lora+matched - hard/lora: +62.5 points' in brief
 
 
+def test_ablations_are_one_table_against_the_same_games():
+  def record(wins, seed=0, tasks=('t0', 't1', 't2', 't3'), **config):
+    rows = [{'id': name, 'n': 4, 'seed': seed, 'success_rate': sum(w) / 4}
+            for name, w in wins.items()]
+    return {'rows': rows, 'won': {'tasks': {'hard': list(tasks)}, 'rows': wins},
+            'wall_s': {'a': 60},
+            'config': {'seed': seed, 'rank': 32, 'epochs': 9.0, 'evaluate': '', **config},
+            'measured': {'machine': 'm', 'date': '2026-01-01', 'command': 'c'}}
+
+  matched = 'hard/exprag_lora+matched'
+  reference = record({matched: [1, 1, 1, 0], 'hard/lora': [0, 0, 0, 1]})
+  one = record({matched: [0, 0, 0, 0], 'hard/lora': [0, 1, 0, 1]}, epochs=1.0, evaluate='lora')
+  text = results_table.ablations_table(reference, {'epoch1': one})
+  assert f'| changed | {matched} | hard/lora | ' in text
+  assert '| nothing | 75.0 | 25.0 |  |' in text
+  assert '| `epochs=1` | 0.0 | 50.0 | -75.0 (-100.0 to ' in text
+  # Another seed, or other games, is no ablation of it.
+  assert results_table._is_ablation(one, reference)
+  assert not results_table._is_ablation(reference, reference)
+  assert not results_table._is_ablation(record({matched: [1]}, seed=1), reference)
+  assert not results_table._is_ablation(record({matched: [1]}, tasks=['t9']), reference)
+
+
 def test_a_filed_result_names_no_folder_of_the_machine(tmp_path, monkeypatch):
   monkeypatch.setattr(results_table, 'RESULTS', tmp_path / 'results')
   monkeypatch.setenv('HINTSIGHT_DATA', str(tmp_path / 'games'))
