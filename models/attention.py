@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from models import flash, platform, splash
-from models.layers import from_bits, to_bits
+from models.layers import from_bits, to_bits, transposed
 
 MASKED = -1e30
 # Queries of a block: as few as MIN_BLOCK up to 2,048 tokens, then so many that there are MAX_BLOCKS
@@ -233,11 +233,11 @@ def _product(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
 def _gradient_product(a: jax.Array, b: jax.Array) -> jax.Array:
   """a [B, K, G, C, x], b [B, K, G, C, y], summed over queries: float32 [B, K, x, y].
 
-  The narrower one comes first: on CPU it is transposed, see `layers.sum_over_rows`.
+  The narrower one comes first: on CPU it is `transposed`.
   """
   a, b = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (a, b))
   if platform.name() == 'cpu':
-    a, contract = jax.lax.optimization_barrier(a.swapaxes(2, 3)), ((3,), (2,))
+    a, contract = transposed(a), ((3,), (2,))
   else:
     contract = ((2,), (2,))
   return jax.lax.dot_general(

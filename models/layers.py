@@ -66,16 +66,27 @@ def _product_bwd(dtype, frozen, residuals, grad):
 def sum_over_rows(x: jax.Array, grad: jax.Array) -> jax.Array:
   """The transpose of x [rows, in] times grad [rows, out] -> float32 [in, out].
 
-  XLA's CPU backend has a fast product of bfloat16 for plain rows times columns only, and undoes a
-  transposition that it sees; a barrier keeps that of the narrower factor, which an adapter's makes
-  cheap. 2048 rows, 1536 x 16: 0.9 instead of 5.4 ms on one core.
+  On CPU the narrower factor, which an adapter's makes cheap, is `transposed`. 2304 rows, 16 x 1536,
+  one core: 1.0 ms instead of 3.4.
   """
   if platform.name() != 'cpu':
     contract_rows = (((0,), (0,)), ((), ()))
     return jax.lax.dot_general(x, grad, contract_rows, preferred_element_type=jnp.float32)
   if x.shape[1] <= grad.shape[1]:
-    return _dot(jax.lax.optimization_barrier(x.T), grad)
-  return jax.lax.optimization_barrier(_dot(jax.lax.optimization_barrier(grad.T), x)).T
+    return _dot(transposed(x), grad)
+  return jax.lax.optimization_barrier(_dot(transposed(grad), x)).T
+
+
+def transposed(x: jax.Array) -> jax.Array:
+  """x [..., rows, n] -> [..., n, rows], the left factor of a product of bfloat16 on CPU.
+
+  XLA's CPU backend multiplies bfloat16 where both factors lie row by row, and float32 copies of
+  them where one does not. It undoes a transposition that it sees, hence the barrier, and lays the
+  result of a plain one out as the input lies, which a reshape ends.
+  """
+  shape = (*x.shape[:-2], x.shape[-1], x.shape[-2])
+  moved = jnp.moveaxis(x[..., None, :, :], -1, -3)
+  return jax.lax.optimization_barrier(moved.reshape(shape))
 
 
 _product.defvjp(_product_fwd, _product_bwd)

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,33 @@ def test_no_gradient_of_a_frozen_kernel_and_fast_operands(dtype):
   for equation in found:
     assert {v.aval.dtype for v in equation.invars} == {jnp.dtype(dtype)}
     assert equation.outvars[0].aval.dtype == jnp.float32
+
+
+def multiplied_dtypes(compiled):
+  """Of each product in a compiled program the dtypes of its two factors."""
+  text = compiled.as_text()
+  kinds = dict(re.findall(r'%([\w.-]+) = (\w+)\[', text))
+  return [
+    {kinds[name] for name in re.findall(r'%([\w.-]+)', factors)[:2]}
+    for factors in re.findall(r' dot\(([^)]*)\)', text)]
+
+
+def test_the_cpu_multiplies_bfloat16_as_such():
+  """XLA may multiply float32 copies of factors that lie otherwise than row by row."""
+  square = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+  plain = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+  if multiplied_dtypes(jax.jit(plain).lower(square, square).compile()) != [{'bf16'}]:
+    pytest.skip('this CPU has no product of bfloat16')
+  config = tiny(dtype='bfloat16')
+  model = decoder.create(config, LoraConfig(rank=8, alpha=16))
+  tokens = jnp.zeros((2, 256), jnp.int32)
+
+  def loss(lora):
+    hidden = decoder.forward(model.graphdef, lora, model.frozen, tokens, positions(tokens))
+    return jnp.sum(jnp.square(hidden))
+
+  found = multiplied_dtypes(jax.jit(jax.grad(loss)).lower(model.lora).compile())
+  assert len(found) > 20 and all(kinds == {'bf16'} for kinds in found), found
 
 
 def test_sharded_equals_single_device():
