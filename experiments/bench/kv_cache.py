@@ -1,14 +1,14 @@
 """What it costs to keep keys and values in fewer bits: error of the logits, and games won.
 
-  python -m experiments.bench.kv_cache --adapter=RUN/lora/adapter
+  python -m experiments.bench.kv_cache
 
 Logits: a model reads expert episodes through a cache, block by block, every token a key and value
 that all later ones read as they are kept. Against the same with a cache in float32: relative root
 mean square of the logits, KL in nats of the next token's distribution (mean over tokens), and the
 share of tokens whose likeliest next token stays the same. Games: the repository's small decoder
-plays the same houses greedily with each cache; a game is paired with itself. Few of them are won
-without an adapter: RUN is an experience retrieval of `setting=small`, whose easy skills it was
-trained on.
+plays the same houses greedily with each cache and wins about half of them; a game is paired with
+itself. `--adapter=RUN/lora/adapter`, of an experience retrieval of `setting=small`, plays with that
+one, on the skills that it was trained on.
 """
 
 import pathlib
