@@ -121,14 +121,16 @@ def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
   rows = [record['rows'][0] for record in records]
   measured = [record['measured'] for record in records]
   minutes = [sum(record['wall_s'].values()) / 60 for record in records]
-  several = len(records) > 1
 
   def joined(values: Sequence[str]) -> str:
     return ', '.join(dict.fromkeys(values))
 
+  seeds = joined([str(row['seed']) for row in rows])
+  several = ',' in seeds
+
   return (
     f'n = {rows[0]["n"]} games{" a seed" if several else ""}, paired, greedy, '
-    f'seed{"s" if several else ""} {joined([str(row["seed"]) for row in rows])}; '
+    f'seed{"s" if several else ""} {seeds}; '
     f'{joined([m["machine"] for m in measured])}; {joined([m["date"] for m in measured])}; '
     f'{joined([f"{m:.0f}" for m in minutes])} minutes; '
     f'{joined(["`" + m["command"] + "`" for m in measured])}.')

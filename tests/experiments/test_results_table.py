@@ -89,6 +89,7 @@ def test_ablations_are_one_table_against_the_same_games():
   assert f'| changed | {matched} | hard/lora | ' in text
   assert '| nothing | 75.0 | 25.0 |  |' in text
   assert '| `epochs=1` | 0.0 | 50.0 | -75.0 (-100.0 to ' in text
+  assert 'n = 4 games, paired, greedy, seed 0; ' in text
   # Another seed, or other games, is no ablation of it.
   assert results_table._is_ablation(one, reference)
   assert not results_table._is_ablation(reference, reference)
