@@ -241,6 +241,7 @@ def fit(
     lambda: workdir_lib.open_workdir(workdir, config.to_dict(), free_keys=FREE_KEYS)
   )
   state, shardings = step_lib.init_state(model, optimizer, mesh)
+  frozen = step_lib.as_read(model.frozen)
   make_step = functools.partial(
     step_lib.make_train_step,
     model,
@@ -258,7 +259,7 @@ def fit(
     limit = processes.by_first(lambda: memory.device_bytes(len(mesh.local_devices)))
     steps = {name: make_step(remat=name) for name in decoder.REMAT}
     with jax.set_mesh(mesh):
-      remat = remat_lib.choose(steps.get, state, model.frozen, shapes, limit=limit)
+      remat = remat_lib.choose(steps.get, state, frozen, shapes, limit=limit)
     train_step = steps[remat]
   else:
     train_step = make_step(remat=remat)
@@ -331,7 +332,7 @@ def fit(
           data_s = time.perf_counter() - feed_started
           # Activations are constrained, and kernels are split, by the mesh that is set.
           with jax.set_mesh(mesh):
-            state, values = train_step(state, model.frozen, batch)
+            state, values = train_step(state, frozen, batch)
           metrics.add(step, values, batches.tokens_in(step), data_s)
         profile.after(step, state)
         last, stops = step + 1 == batches.num_steps, preemption.stops_after(step)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from models import flash, platform, splash
-from models.layers import from_bits, to_bits, transposed
+from models.layers import from_bits, rearranged, to_bits, transposed
 
 MASKED = -1e30
 # Queries of a block: as few as MIN_BLOCK up to 2,048 tokens, then so many that there are MAX_BLOCKS
@@ -77,12 +77,10 @@ def attention(
   pad = ((0, 0), (0, count * size - width))
   q, k, v = (jnp.pad(x, (*pad, (0, 0), (0, 0))) for x in (q, k, v))
   segment_ids = jnp.pad(segment_ids, pad, constant_values=-1).reshape(groups, -1, count * size)
-  q = q.reshape(groups, -1, count, size, kv_heads, heads // kv_heads, head_dim)
-  q = q.transpose(0, 2, 1, 4, 5, 3, 6)
-  k, v = (x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1, 3, 2, 4) for x in (k, v))
+  q = q.reshape(groups, -1, count, size, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
+  k, v = (x.reshape(groups, -1, *x.shape[1:]) for x in (k, v))
   out = _choose(functools.partial(_blocked, q, k, v, segment_ids), window, is_local)
-  out = out.transpose(0, 2, 1, 5, 3, 4, 6).reshape(batch, count * size, heads, head_dim)
-  return out[:, :width]
+  return out.swapaxes(1, 2).reshape(batch, count * size, heads, head_dim)[:, :width]
 
 
 def _choose(run, window: int, is_local: jax.Array | None) -> jax.Array:
@@ -257,9 +255,19 @@ def _widths(count: int) -> list[int]:
 
 
 def _visits(segment_ids, size: int, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """For every block of every group of rows: the group, the block, and which of `_widths` it reads.
+  """The blocks of queries of all groups, in the order in which they are visited.
 
-  segment_ids [g, R, T] -> int32 [g * n], three times.
+  Those that read as many blocks of keys follow each other, and two are visited at a time (see
+  `_blocked`), where their number is even.
+
+  Args:
+    segment_ids: int32 [g, R, T].
+    size: queries of a block, of which there are n.
+    window: static.
+
+  Returns:
+    int32 [V, lanes], group * n + block of each; int32 [W] twice, the first of the V, and the one
+    behind the last, that reads as many keys as each of `_widths` says.
   """
   groups, _, width = segment_ids.shape
   starts = jnp.arange(0, width, size)
@@ -267,10 +275,13 @@ def _visits(segment_ids, size: int, window: int) -> tuple[jax.Array, jax.Array, 
   first = jnp.argmax(same, axis=-1).min(axis=1)
   if window:
     first = jnp.maximum(first, starts - window + 1)
-  needed = starts // size + 1 - first // size
-  choice = jnp.sum(needed[..., None] > jnp.array(_widths(len(starts))), axis=-1)
-  group, block = jnp.indices((groups, len(starts)))
-  return group.reshape(-1), block.reshape(-1), choice.reshape(-1)
+  needed = (starts // size + 1 - first // size).reshape(-1)
+  # Large ones need no company, and their scores are the memory that a long row takes.
+  lanes = 2 if len(needed) % 2 == 0 and size <= MIN_BLOCK else 1
+  order = jnp.argsort(needed)
+  most = needed[order].reshape(-1, lanes).max(axis=1)
+  ends = jnp.searchsorted(most, jnp.array(_widths(len(starts))), side='right').astype(jnp.int32)
+  return order.reshape(-1, lanes), jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]]), ends
 
 
 def _block_scores(q, k, segment_ids, window, start, first) -> jax.Array:
@@ -290,22 +301,35 @@ def _block_scores(q, k, segment_ids, window, start, first) -> jax.Array:
     mask &= keys > queries - window
   cut = functools.partial(jax.lax.dynamic_slice_in_dim, segment_ids, axis=1)
   mask &= cut(start, q.shape[3])[:, :, None] == cut(first, k.shape[2])[:, None]
-  return jnp.where(mask[:, None, None], _product(q, k, 3), MASKED)
+  # The same for all heads: the barrier keeps it from being computed for each.
+  bias = jax.lax.optimization_barrier(jnp.where(mask, 0.0, MASKED)[:, None, None])
+  return _product(q, k, 3) + bias
 
 
-def _group(x: jax.Array, group: jax.Array) -> jax.Array:
-  """Rows of one group: x [g, ...] -> [...]."""
-  return jax.lax.dynamic_index_in_dim(x, group, 0, keepdims=False)
+def _part(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x [n, ...] -> [...], not as bits."""
+  return from_bits(jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False))
+
+
+def _queries(x: jax.Array, place: jax.Array) -> jax.Array:
+  """A block, not as bits: x [V, R, C, K, G, H] -> [R, K, G, C, H]."""
+  return rearranged(_part(x, place), (0, 2, 3, 1, 4))
 
 
 def _keys(x: jax.Array, group: jax.Array, first: jax.Array, count: int) -> jax.Array:
-  """Some keys or values of a group, not as bits: x [g, R, K, T, H] -> [R, K, count, H]."""
-  shape = (1, *x.shape[1:3], count, x.shape[4])
-  return from_bits(jax.lax.dynamic_slice(x, (group, 0, 0, first, 0), shape)[0])
+  """Some keys or values of a group, not as bits: x [g, R, T, K, H] -> [R, K, count, H]."""
+  shape = (1, x.shape[1], count, *x.shape[3:])
+  own = from_bits(jax.lax.dynamic_slice(x, (group, 0, first, 0, 0), shape)[0])
+  return rearranged(own, (0, 2, 1, 3))
+
+
+def _put(x: jax.Array, place: jax.Array, part: jax.Array) -> jax.Array:
+  """Undoes `_queries`, for one that is not bits."""
+  return jax.lax.dynamic_update_index_in_dim(x, jnp.moveaxis(part, 3, 1), place, 0)
 
 
 def _per_block(x: jax.Array) -> jax.Array:
-  """[g, n, ...] -> [g * n, ...], as bits: what is scanned over."""
+  """[g, n, ...] -> [g * n, ...], as bits."""
   return to_bits(x.reshape(-1, *x.shape[2:]))
 
 
@@ -313,84 +337,102 @@ def _per_block(x: jax.Array) -> jax.Array:
 def _blocked(q, k, v, segment_ids, window: int) -> jax.Array:
   """Attention of groups of rows, one block of queries after the other.
 
+  Blocks that read as many keys are visited by one loop; a branch inside of it would copy what the
+  backward pass adds to. On CPU two blocks at a time keep two threads busy, which share the small
+  products of one badly.
+
   Axes: g groups, R rows of a group, n blocks.
 
   Args:
-    q: [g, n, R, K, G, C, H], scaled.
-    k: [g, R, K, T, H].
-    v: [g, R, K, T, H].
+    q: [g, n, R, C, K, G, H], scaled.
+    k: [g, R, T, K, H].
+    v: [g, R, T, K, H].
     segment_ids: int32 [g, R, T].
     window: static; 0 is none.
 
   Returns:
-    float32 [g, n, R, K, G, C, H].
+    float32 [g, n, R, C, K, G, H].
   """
   return _blocked_fwd(q, k, v, segment_ids, window)[0]
 
 
 def _blocked_fwd(q, k, v, segment_ids, window):
-  size, widths, dtype = q.shape[5], _widths(q.shape[1]), q.dtype
+  size, count, dtype = q.shape[3], q.shape[1], q.dtype
   # Masks are the same in all layers: without a barrier, a scan over these makes and keeps T x S of
   # them before its first layer.
   q, segment_ids = jax.lax.optimization_barrier((q, segment_ids))
   blocks, k, v = _per_block(q), to_bits(k), to_bits(v)
+  visits, *bounds = _visits(segment_ids, size, window)
 
-  def visit(_, inputs):
-    q, (group, block, choice) = inputs
-    q, segments = from_bits(q), _group(segment_ids, group)
+  def attend(place, width):
+    group, block = place // count, place % count
+    first = jnp.maximum(block + 1 - width, 0) * size
+    own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
+    segments = _part(segment_ids, group)
+    scores = _block_scores(_queries(blocks, place), own_k, segments, window, block * size, first)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    return _product(weights.astype(dtype), own_v, 2) / total, top + jnp.log(total)
 
-    def read(width):
-      first = jnp.maximum(block + 1 - width, 0) * size
-      own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
-      scores = _block_scores(q, own_k, segments, window, block * size, first)
-      top = scores.max(axis=-1, keepdims=True)
-      weights = jnp.exp(scores - top)
-      total = weights.sum(axis=-1, keepdims=True)
-      return _product(weights.astype(dtype), own_v, 2) / total, top + jnp.log(total)
+  results = jnp.zeros(blocks.shape), jnp.zeros((*blocks.shape[:-1], 1))
+  for width, low, high in zip(_widths(count), *bounds, strict=True):
 
-    return None, jax.lax.switch(choice, [functools.partial(read, width) for width in widths])
+    def visit(i, results, width=width):
+      for place in visits[i]:
+        results = tuple(
+          _put(x, place, y) for x, y in zip(results, attend(place, width), strict=True))
+      return results
 
-  _, (out, norm) = jax.lax.scan(visit, None, (blocks, _visits(segment_ids, size, window)))
+    results = jax.lax.fori_loop(low, high, visit, results)
+  out, norm = results
   kept = to_bits(out.astype(dtype))
   return out.reshape(*q.shape), (blocks, k, v, segment_ids, kept, norm)
 
 
 def _blocked_bwd(window, residuals, grad):
   blocks, k, v, segment_ids, out, norm = residuals
-  size, widths = grad.shape[5], _widths(grad.shape[1])
-  shape, dtype = grad.shape, from_bits(k).dtype
+  size, count, shape = grad.shape[3], grad.shape[1], grad.shape
+  dtype = from_bits(k).dtype
   grad, segment_ids = jax.lax.optimization_barrier((grad, segment_ids))  # As in the forward pass.
-  grad = grad.reshape(blocks.shape)
-  sums = jnp.zeros((*k.shape[:3], k.shape[4], k.shape[3]))  # Transposed: [g, R, K, H, T].
+  grad = to_bits(grad.reshape(blocks.shape).astype(dtype))
+  visits, *bounds = _visits(segment_ids, size, window)
 
-  def visit(sums, inputs):
-    q, grad, out, norm, (group, block, choice) = inputs
-    q, grad, segments = from_bits(q), from_bits(grad), _group(segment_ids, group)
+  def differentiate(place, width):
+    group, block = place // count, place % count
+    first = jnp.maximum(block + 1 - width, 0) * size
+    own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
+    own_q, own_grad, own_out = (_queries(x, place) for x in (blocks, grad, out))
     # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
-    inner = (grad.astype(jnp.float32) * from_bits(out).astype(jnp.float32)).sum(-1, keepdims=True)
+    inner = (own_grad.astype(jnp.float32) * own_out.astype(jnp.float32)).sum(-1, keepdims=True)
+    segments = _part(segment_ids, group)
+    scores = _block_scores(own_q, own_k, segments, window, block * size, first)
+    weights = jnp.exp(scores - _queries(norm, place))
+    dscores = weights * (_product(own_grad, own_v, 3) - inner)
+    weights, dscores = weights.astype(dtype), dscores.astype(dtype)
+    parts = _gradient_product(own_q, dscores), _gradient_product(own_grad, weights)
+    return (group, 0, 0, 0, first), parts, _product(dscores, own_k, 2)
 
-    def read(width, sums):
-      first = jnp.maximum(block + 1 - width, 0) * size
-      own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
-      scores = _block_scores(q, own_k, segments, window, block * size, first)
-      weights = jnp.exp(scores - norm)
-      dscores = weights * (_product(grad, own_v, 3) - inner)
-      weights, dscores = weights.astype(dtype), dscores.astype(dtype)
+  def add(total, place, part):
+    old = jax.lax.dynamic_slice(total, place, (1, *part.shape))
+    return jax.lax.dynamic_update_slice(total, old + part, place)
 
-      def add(total, part):
-        place = (group, 0, 0, 0, first)
-        old = jax.lax.dynamic_slice(total, place, (1, *part.shape))
-        return jax.lax.dynamic_update_slice(total, old + part, place)
+  sums = jnp.zeros((*k.shape[:2], *k.shape[3:], k.shape[2]))  # Transposed: [g, R, K, H, T].
+  sums = sums, sums, jnp.zeros(blocks.shape)
+  for width, low, high in zip(_widths(count), *bounds, strict=True):
 
-      parts = _gradient_product(q, dscores), _gradient_product(grad, weights)
-      return tuple(map(add, sums, parts)), _product(dscores, own_k, 2)
+    def visit(i, sums, width=width):
+      dk, dv, dq = sums
+      places = list(visits[i])
+      done = [differentiate(place, width) for place in places]
+      for place, (at, parts, own) in zip(places, done, strict=True):
+        dk, dv = add(dk, at, parts[0]), add(dv, at, parts[1])
+        dq = _put(dq, place, own)
+      return dk, dv, dq
 
-    return jax.lax.switch(
-      choice, [functools.partial(read, width) for width in widths], sums)
-
-  inputs = (blocks, to_bits(grad.astype(dtype)), out, norm, _visits(segment_ids, size, window))
-  (dk, dv), dq = jax.lax.scan(visit, (sums, sums), inputs)
-  dk, dv = dk.swapaxes(3, 4), dv.swapaxes(3, 4)
+    sums = jax.lax.fori_loop(low, high, visit, sums)
+  dk, dv, dq = sums
+  dk, dv = jnp.moveaxis(dk, 4, 2), jnp.moveaxis(dv, 4, 2)
   return dq.reshape(shape).astype(dtype), dk.astype(dtype), dv.astype(dtype), None
 
 

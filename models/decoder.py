@@ -32,6 +32,7 @@ from models.layers import (
   matmul,
   matmul_transposed,
   project,
+  recomputed,
   to_bits,
 )
 from models.lora import LoraConfig, dropout
@@ -116,7 +117,7 @@ class Block(nnx.Module):
     `gates` [B, 1, R] are those of `layers.project`.
     """
 
-    def drop(x, index):
+    def drop(x, index, dropout_key=dropout_key):
       if dropout_key is None or self.lora is None or not self.lora.dropout:
         return None
       # One mask for each input, shared by the projections that read it (q, k, v; gate, up).
@@ -128,12 +129,18 @@ class Block(nnx.Module):
     y = self.attn.o(y, drop(y, 1), gates)
     x = x + (self.attn_post_norm(y) if self.post_norms else y)
 
+    down_def, weights = nnx.split(self.mlp.down)
+
+    def down(gated_inputs, rest):
+      weights, dropout_key, gates = rest
+      y = gated(*gated_inputs, self.activation)
+      return nnx.merge(down_def, weights)(y, drop(y, 3, dropout_key), gates)
+
     def feed_forward(x):
       y = self.mlp_norm(x)
       adapter_y = drop(y, 2)
-      gate, up = project((self.mlp.gate, self.mlp.up), y, adapter_y, gates)
-      y = gated(gate, up, self.activation, self.mlp.down.dtype)
-      y = self.mlp.down(y, drop(y, 3), gates)
+      gated_inputs = project((self.mlp.gate, self.mlp.up), y, adapter_y, gates)
+      y = recomputed(down, self.mlp.down.dtype, gated_inputs, (weights, dropout_key, gates))
       return self.mlp_post_norm(y) if self.post_norms else y
 
     if remat_mlp:
@@ -334,7 +341,7 @@ def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:
   x = from_bits(to_bits(table)[tokens]).astype(jnp.float32)
   if config.scale_embeddings:
     # Rounded to the dtype of the weights, as the models were trained.
-    x *= jnp.sqrt(jnp.float32(config.embed_dim)).astype(table.dtype).astype(jnp.float32)
+    x *= jnp.sqrt(jnp.float32(config.embed_dim)).astype(config.weight_dtype).astype(jnp.float32)
   return sharding.constrain(x, ('batch', None, None))
 
 

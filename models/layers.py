@@ -6,7 +6,8 @@ F feed-forward width, V vocabulary, R adapter rank, L layers.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
   )
 
 
+def _dot_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x [..., out] times the transpose of kernel [in, out]."""
+  return jax.lax.dot_general(
+    x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+  )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: jax.Array, kernel: jax.Array, dtype: str, frozen: bool) -> jax.Array:
   """`matmul` with operands of `dtype`."""
@@ -55,8 +63,7 @@ def _product_bwd(dtype, frozen, residuals, grad):
   x, kernel = residuals
   kernel = from_bits(kernel).astype(dtype)
   grad = grad.astype(dtype)
-  contract_out = (((grad.ndim - 1,), (1,)), ((), ()))
-  dx = jax.lax.dot_general(grad, kernel, contract_out, preferred_element_type=jnp.float32)
+  dx = _dot_transposed(grad, kernel)
   if frozen:
     return dx, None
   x = from_bits(x)
@@ -78,15 +85,26 @@ def sum_over_rows(x: jax.Array, grad: jax.Array) -> jax.Array:
 
 
 def transposed(x: jax.Array) -> jax.Array:
-  """x [..., rows, n] -> [..., n, rows], the left factor of a product of bfloat16 on CPU.
+  """x [..., rows, n] -> [..., n, rows], `rearranged` for a product."""
+  return rearranged(x, (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))
+
+
+def rearranged(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+  """x with its axes in another order, as a factor of a product of bfloat16 on CPU.
 
   XLA's CPU backend multiplies bfloat16 where both factors lie row by row, and float32 copies of
   them where one does not. It undoes a transposition that it sees, hence the barrier, and lays the
   result of a plain one out as the input lies, which a reshape ends.
   """
-  shape = (*x.shape[:-2], x.shape[-1], x.shape[-2])
-  moved = jnp.moveaxis(x[..., None, :, :], -1, -3)
-  return jax.lax.optimization_barrier(moved.reshape(shape))
+  moved = jnp.transpose(x, axes)
+  if platform.name() != 'cpu':
+    return moved
+  # A unit axis before the first one that moves, and behind it in the end.
+  first = next(i for i, axis in enumerate(axes) if axis != i)
+  place = [axis + (axis >= first) for axis in axes]
+  place.insert(first + 1, first)
+  return jax.lax.optimization_barrier(
+    jnp.transpose(jnp.expand_dims(x, first), place).reshape(moved.shape))
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -150,10 +168,7 @@ def _quantised_matmul_fwd(x, codes, scale, kind, dtype):
 def _quantised_matmul_bwd(kind, dtype, residuals, grad):
   codes, scale = residuals
   kernel = quantise.dequantise(codes, from_bits(scale), kind).astype(dtype)
-  contract_out = (((grad.ndim - 1,), (1,)), ((), ()))
-  dx = jax.lax.dot_general(
-    grad.astype(dtype), kernel, contract_out, preferred_element_type=jnp.float32)
-  return dx, None, None
+  return _dot_transposed(grad.astype(dtype), kernel), None, None
 
 
 quantised_matmul.defvjp(_quantised_matmul_fwd, _quantised_matmul_bwd)
@@ -249,13 +264,14 @@ def project(
   Returns:
     float32 [..., out] of each.
   """
-  results = [linear.base(x) for linear in linears]
   adapted = [i for i, linear in enumerate(linears) if linear.lora is not None]
+  if gates is None and _joins(linears, x):
+    return _joined(linears, x, adapter_x)
+  results = [linear.base(x) for linear in linears]
   if not adapted:
     return results
   first = linears[adapted[0]]
-  kernels = [linears[i].lora_a.get_value() for i in adapted]
-  kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
+  kernel = _side_by_side([linears[i].lora_a.get_value() for i in adapted])
   inner = matmul(x if adapter_x is None else adapter_x, kernel, first.dtype, frozen=False)
   parts = jnp.split(inner * first.lora.scale, len(adapted), axis=-1)
   for i, part in zip(adapted, parts, strict=True):
@@ -264,46 +280,186 @@ def project(
   return results
 
 
+def _side_by_side(kernels: Sequence[jax.Array]) -> jax.Array:
+  return kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
+
+
+# On CPU, where memory is what a step waits for, a product of an adapter's rank costs little, and
+# its result, as large as the kernel's, a lot: kernel and factor, one behind the other along the
+# summed axis, are one product. For fewer rows, copying the kernel would cost more.
+_JOINED_ROWS = 512
+_JOINED_MULTIPLE = 32  # Of the summed axis, for which the CPU's matrix instructions are made.
+
+
+def _joins(linears: Sequence[Linear], x: jax.Array) -> bool:
+  # On a mesh kernel and factor may be split otherwise.
+  one_cpu = platform.name() == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1
+  return one_cpu and math.prod(x.shape[:-1]) >= _JOINED_ROWS and all(
+    linear.lora is not None and linear.quantization == 'none' and linear.frozen
+    and linear.dtype == 'bfloat16' for linear in linears)
+
+
+def _joined(
+  linears: Sequence[Linear], x: jax.Array, adapter_x: jax.Array | None
+) -> list[jax.Array]:
+  """`project` with joined products."""
+  rows = lambda z: z.reshape(-1, z.shape[-1])
+  kernels = tuple(linear.kernel.get_value() for linear in linears)
+  a = _side_by_side([linear.lora_a.get_value() for linear in linears])
+  b = tuple(linear.lora_b.get_value() for linear in linears)
+  scale = linears[0].lora.scale
+  if len(linears) == 1 and adapter_x is None:
+    results = [_adapted_product(rows(x), kernels[0], a, b[0], scale)]
+  else:
+    adapter_x = None if adapter_x is None else rows(adapter_x)
+    results = _adapted_products(rows(x), adapter_x, kernels, a, b, scale)
+  results = [y.reshape(*x.shape[:-1], -1) for y in results]
+  return [
+    y if linear.bias is None else y + linear.bias.get_value()
+    for y, linear in zip(results, linears, strict=True)]
+
+
+def _operand(x: jax.Array) -> jax.Array:
+  """x in bfloat16. The barrier: XLA would put two of them together first and then convert."""
+  return jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
+
+
+def _beside(first: jax.Array, second: jax.Array, axis: int) -> jax.Array:
+  """Two factors of bfloat16 as one along a summed axis, filled up with zeros."""
+  widths = [(0, 0), (0, 0)]
+  widths[axis] = (0, -(first.shape[axis] + second.shape[axis]) % _JOINED_MULTIPLE)
+  return jnp.concatenate([first, jnp.pad(second, widths)], axis=axis)
+
+
+def _joined_kernels(
+  kernels: Sequence[jax.Array], b: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """Each kernel with its factor below, in the factor's rows of all: [in + n R and more, out]."""
+  joined, rank = [], b[0].shape[0]
+  for i, (kernel, own) in enumerate(zip(kernels, b, strict=True)):
+    own = jnp.pad(own.astype(jnp.bfloat16), ((i * rank, (len(b) - 1 - i) * rank), (0, 0)))
+    joined.append(_beside(from_bits(kernel).astype(jnp.bfloat16), own, 0))
+  return joined
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _adapted_products(x, adapter_x, kernels, a, b, scale: float):
+  """x kernel_i + scale (adapter_x a_i) b_i of several projections.
+
+  Args:
+    x: float32 [rows, in].
+    adapter_x: likewise; None is x.
+    kernels: n times [in, out_i], frozen.
+    a: float32 [in, n R].
+    b: n times float32 [R, out_i].
+    scale: static.
+
+  Returns:
+    n times float32 [rows, out_i].
+  """
+  return _adapted_products_fwd(x, adapter_x, kernels, a, b, scale)[0]
+
+
+def _adapted_products_fwd(x, adapter_x, kernels, a, b, scale):
+  x, adapter_x = _operand(x), None if adapter_x is None else _operand(adapter_x)
+  read = x if adapter_x is None else adapter_x
+  inner = _operand(_dot(read, a.astype(jnp.bfloat16)) * scale)
+  both = _beside(x, inner, 1)
+  results = [_dot(both, kernel) for kernel in _joined_kernels(kernels, b)]
+  kept = (to_bits(x), None) if adapter_x is None else (None, to_bits(adapter_x))
+  return results, (*kept, to_bits(inner), kernels, a, b)
+
+
+def _adapted_products_bwd(scale, residuals, grads):
+  x, adapter_x, inner, kernels, a, b = residuals
+  grads = [grad.astype(jnp.bfloat16) for grad in grads]
+  both = sum(map(_dot_transposed, grads, _joined_kernels(kernels, b)))
+  width = kernels[0].shape[0]
+  dx, dinner = both[:, :width], both[:, width:width + a.shape[1]]
+  dinner = (dinner * scale).astype(jnp.bfloat16)
+  dadapter = _dot_transposed(dinner, a.astype(jnp.bfloat16))
+  da = sum_over_rows(from_bits(x if adapter_x is None else adapter_x), dinner)
+  rank = b[0].shape[0]
+  db = tuple(
+    sum_over_rows(from_bits(inner), grad)[i * rank:(i + 1) * rank] for i, grad in enumerate(grads))
+  if adapter_x is None:
+    dx, dadapter = dx + dadapter, None
+  return dx, dadapter, tuple(None for _ in kernels), da, db
+
+
+_adapted_products.defvjp(_adapted_products_fwd, _adapted_products_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _adapted_product(x, kernel, a, b, scale: float) -> jax.Array:
+  """x kernel + scale (x a) b of one projection: float32 [rows, in] -> float32 [rows, out]."""
+  return _adapted_product_fwd(x, kernel, a, b, scale)[0]
+
+
+def _adapted_product_fwd(x, kernel, a, b, scale):
+  x = _operand(x)
+  inner = (_dot(x, a.astype(jnp.bfloat16)) * scale).astype(jnp.bfloat16)
+  y = _dot(x, from_bits(kernel).astype(jnp.bfloat16)) + _dot(inner, b.astype(jnp.bfloat16))
+  return y, (to_bits(x), to_bits(inner), kernel, a, b)
+
+
+def _adapted_product_bwd(scale, residuals, grad):
+  x, inner, kernel, a, b = residuals
+  grad = _operand(grad)
+  dinner = _operand(_dot_transposed(grad, b.astype(jnp.bfloat16)) * scale)
+  kernel = _beside(from_bits(kernel).astype(jnp.bfloat16), a.astype(jnp.bfloat16), 1)
+  dx = _dot_transposed(_beside(grad, dinner, 1), kernel)
+  return dx, None, sum_over_rows(from_bits(x), dinner), sum_over_rows(from_bits(inner), grad)
+
+
+_adapted_product.defvjp(_adapted_product_fwd, _adapted_product_bwd)
+
+
 # Elementwise work is cheaper done again in the backward pass than kept: a norm keeps its input, the
-# gate its two.
+# feed-forward its two.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
 
 
-def _gate(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+  """silu(gate) * up (SwiGLU, arXiv 2002.05202), or with GELU's tanh form ('gelu_tanh').
+
+  float32 [..., F], all three.
+  """
   if activation == 'gelu_tanh':
     return jax.nn.gelu(gate, approximate=True) * up
   return jax.nn.silu(gate) * up
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def gated(gate: jax.Array, up: jax.Array, activation: str, dtype: str) -> jax.Array:
-  """silu(gate) * up (SwiGLU, arXiv 2002.05202), or with GELU's tanh form ('gelu_tanh').
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def recomputed(
+  function: Callable[..., jax.Array], dtype: str, activations: Sequence[jax.Array], rest: Any
+) -> jax.Array:
+  """function(activations, rest), of which nothing but the arguments is kept for the backward pass.
 
   Args:
-    gate: float32 [..., F].
-    up: float32 [..., F].
-    activation: 'silu' or 'gelu_tanh'.
-    dtype: in which the two are kept for the backward pass: that of the products' operands.
-
-  Returns:
-    float32 [..., F].
+    function: closes over no array.
+    dtype: in which the activations are kept: that of the products' operands.
+    activations: float32 arrays.
+    rest: the other arguments, kept as they come.
   """
-  return _gate(gate, up, activation)
+  return function(activations, rest)
 
 
-def _gated_fwd(gate, up, activation, dtype):
-  return _gate(gate, up, activation), (to_bits(gate.astype(dtype)), to_bits(up.astype(dtype)))
+def _recomputed_fwd(function, dtype, activations, rest):
+  kept = [to_bits(x.astype(dtype)) for x in activations]
+  return function(activations, rest), (kept, rest)
 
 
-def _gated_bwd(activation, dtype, residuals, grad):
+def _recomputed_bwd(function, dtype, residuals, grad):
   del dtype
-  gate, up = (from_bits(x).astype(jnp.float32) for x in residuals)
-  return jax.vjp(functools.partial(_gate, activation=activation), gate, up)[1](grad)
+  kept, rest = residuals
+  activations = [from_bits(x).astype(jnp.float32) for x in kept]
+  return jax.vjp(function, activations, rest)[1](grad)
 
 
-gated.defvjp(_gated_fwd, _gated_bwd)
+recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
 
 
 class RMSNorm(nnx.Module):

@@ -103,7 +103,7 @@ def _cross_entropy(static, hidden, kernel, targets, weights):
 def _cross_entropy_fwd(static, hidden, kernel, targets, weights):
   dtype, smoothing, chunk, _ = static
   # The smoothing's part of the loss is linear in the mean logit, which needs no logits.
-  mean_row = kernel.astype(jnp.float32).mean(axis=0) if smoothing else None
+  mean_row = from_bits(kernel).astype(jnp.float32).mean(axis=0) if smoothing else None
   kernel = to_bits(kernel)  # Of which tiles and single rows are cut.
 
   def one(sums, inputs):

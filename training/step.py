@@ -13,7 +13,8 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models import decoder, sharding
+from models import decoder, platform, sharding
+from models.layers import to_bits
 from training import losses
 
 
@@ -98,6 +99,13 @@ def init_state(
   return TrainState(model.lora, opt_state, step), shardings
 
 
+def as_read(frozen: nnx.State) -> nnx.State:
+  """The frozen state as a train step reads it fastest: on CPU as bits, or each step makes them."""
+  if platform.name() != 'cpu':
+    return frozen
+  return jax.jit(lambda state: jax.tree.map(to_bits, state))(frozen)
+
+
 def batch_shardings(mesh) -> NamedSharding:
   """Of every array of a batch: [A, rows or shards, ...] over the mesh's batch axes."""
   return NamedSharding(mesh, PartitionSpec(None, sharding.RULES['batch']))
@@ -123,6 +131,8 @@ def make_train_step(
   attention_path: str = 'auto',
 ):
   """Compiles-to-be `train_step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+  `frozen` is the model's, best as `as_read` gives it.
 
   The loss is the mean over the loss tokens of all micro-batches. Dropout depends on (seed, step,
   micro-batch) only, so a resumed run draws what an uninterrupted one does. The state's shardings
@@ -176,4 +186,6 @@ def make_train_step(
     return TrainState(lora, opt_state, state.step + 1), metrics
 
   everywhere = NamedSharding(mesh, PartitionSpec())
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+  return jax.jit(
+    train_step, donate_argnums=0, out_shardings=(shardings, everywhere),
+    compiler_options=platform.compiler_options())

@@ -54,6 +54,22 @@ def test_value_and_gradient_equal_plain(width, packed):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize('batch', [1, 2, 3])
+def test_blocks_by_ones_and_by_twos_equal_plain(batch):
+  """An odd number of blocks is visited one by one; two that read unequally many keys, together."""
+  q, k, v = draw(batch, 300)
+  lengths = np.random.default_rng(batch).integers(1, 170, (batch, 300))
+  ends = lengths.cumsum(axis=1)
+  segment_ids = jnp.array([np.searchsorted(own, np.arange(300), side='right') for own in ends])
+  weight = jax.random.normal(jax.random.key(9), q.shape)
+  loss = lambda function: lambda *qkv: jnp.sum(weight * function(*qkv, segment_ids=segment_ids))
+  got, want = (
+    jax.jit(jax.value_and_grad(loss(function), (0, 1, 2)))(q, k, v)
+    for function in (attention, plain))
+  for ours, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
 def test_rows_of_very_many_blocks_equal_plain(monkeypatch):
   # As a row of 12,800 tokens is cut: 25 blocks, of which some read one and some read all.
   monkeypatch.setattr(attention_lib, 'MAX_BLOCK', 4)

@@ -393,17 +393,24 @@ def test_params_round_trip_and_bad_params():
 
 
 @pytest.mark.parametrize('activation', ['silu', 'gelu_tanh'])
-def test_the_gates_gradient_is_that_of_what_it_keeps(activation):
+def test_what_is_recomputed_has_the_gradient_of_what_is_kept(activation):
+  """`recomputed` keeps its activations in the products' dtype, and what it is given as it comes."""
   gate, up, grad = jax.random.normal(jax.random.key(0), (3, 64, 32))
+  shift = jnp.float32(0.5)
   plain = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 
-  def want(gate, up):
-    return jax.vjp(lambda gate, up: plain[activation](gate) * up, gate, up)[1](grad)
+  def want(gate, up, shift):
+    return jax.vjp(
+      lambda gate, up, shift: plain[activation](gate) * up + shift, gate, up, shift)[1](grad)
+
+  def function(inputs, shift):
+    return layers.gated(*inputs, activation) + shift
 
   for dtype in ('float32', 'bfloat16'):
     value, pullback = jax.vjp(
-      lambda gate, up, dtype=dtype: layers.gated(gate, up, activation, dtype), gate, up)
-    np.testing.assert_allclose(value, plain[activation](gate) * up, rtol=1e-6, atol=1e-6)
+      lambda inputs, shift, dtype=dtype: layers.recomputed(function, dtype, inputs, shift),
+      [gate, up], shift)
+    np.testing.assert_allclose(value, plain[activation](gate) * up + shift, rtol=1e-6, atol=1e-6)
     kept = (x.astype(dtype).astype(jnp.float32) for x in (gate, up))
-    for got, expected in zip(pullback(grad), want(*kept), strict=True):
+    for got, expected in zip(jax.tree.leaves(pullback(grad)), want(*kept, shift), strict=True):
       np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -140,6 +140,38 @@ def test_projections_of_one_input_equal_each_alone(dtype):
   assert str(jax.make_jaxpr(ours)(trained, x)).count('dot_general') == 6
 
 
+@pytest.mark.parametrize('widths', [(40, 8, 8), (40,)])
+@pytest.mark.parametrize('dropped', [False, True])
+def test_joined_products_equal_separate_ones(widths, dropped, monkeypatch):
+  """Many rows on a CPU: a kernel and its adapter's second factor are one product."""
+  config, shape = tiny(dtype='bfloat16'), LoraConfig(rank=3, alpha=6)
+  with nnx.use_eager_sharding(False):
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    linears = nnx.List([
+      layers.Linear(24, width, ('embed', 'mlp'), config=config, rngs=rngs, lora=shape, bias=True)
+      for width in widths])
+    graphdef, trained, frozen = nnx.split(linears, nnx.LoRAParam, ...)
+  trained = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), trained)
+  x, other = jax.random.normal(jax.random.key(1), (2, 2, 300, 24))
+  targets = [jax.random.normal(jax.random.key(n), (2, 300, n)) for n in widths]
+
+  def loss(trained, x, other):
+    found = layers.project(nnx.merge(graphdef, trained, frozen), x, other if dropped else None)
+    return sum(jnp.sum(y * t) for y, t in zip(found, targets, strict=True))
+
+  def found():
+    gradient = lambda *a: jax.value_and_grad(loss, (0, 1, 2))(*a)  # A new one: nothing is cached.
+    count = str(jax.make_jaxpr(gradient)(trained, x, other)).count('dot_general')
+    return count, jax.tree.leaves(jax.jit(gradient)(trained, x, other))
+
+  count, joined = found()
+  monkeypatch.setattr(layers, '_JOINED_ROWS', 10**9)
+  more, separate = found()
+  assert count < more
+  for got, want in zip(joined, separate, strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=0.01 * float(jnp.abs(want).max()))
+
+
 def test_an_adapter_is_gathered_before_the_layers():
   model = decoder.create(tiny(), LoraConfig(rank=4, alpha=8))
   mesh = sharding.make_mesh(1, 4, 2)
