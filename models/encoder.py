@@ -24,9 +24,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data import model_folder
 from data.errors import UserError
 
-# Rows are padded to one of these lengths and counts, so that at most 4 x 3 programs are compiled.
+# Rows are padded to one of these lengths and counts, so that at most 4 x 4 programs are compiled.
 LENGTHS = (32, 64, 128, 256)
-_FEW_ROWS = 8
+_FEW_ROWS = (1, 8, 16)  # or the whole batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Encoder:
 
   def _run(self, group, length: int, batch: int) -> np.ndarray:
     """Sums of hidden states, float32 [len(group), D], from a padded program."""
-    rows = next((r for r in (1, _FEW_ROWS) if len(group) <= r < batch), batch)
+    rows = next((r for r in _FEW_ROWS if len(group) <= r < batch), batch)
     if self._mesh is not None:
       rows = -(-rows // self._mesh.size) * self._mesh.size
     tokens = np.zeros((rows, length), np.int32)

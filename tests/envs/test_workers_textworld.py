@@ -10,7 +10,7 @@ import envs
 from data import process_memory
 from envs import workers
 
-ENVIRONMENTS, GAMES = 64, 320
+ENVIRONMENTS, GAMES = 64, 1000
 _OPTIONS = {'engine': 'textworld', 'num_receptacles': 6, 'num_train': 8}
 
 

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.interpreters import partial_eval
 
 from models import chips, cost, decoder, registry
 from models.kv_cache import KVCache
@@ -48,8 +49,10 @@ def test_train_flops_are_those_of_the_products(remat):
   jaxpr = jax.make_jaxpr(jax.grad(loss))(model.lora, model.frozen, batch)
   want = cost.train_flops(CONFIG, lora, ROWS * WIDTH, LOSSES, WIDTH)
   want += cost.recomputed_flops(CONFIG, lora, ROWS * WIDTH, WIDTH, remat)
+  # The compiler drops what nobody reads: of what the backward pass computes again, the result.
+  live, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
   # The blocked attention computes its scores again, one of its products in six.
-  assert product_flops(jaxpr.jaxpr) == pytest.approx(want, rel=0.04)
+  assert product_flops(live) == pytest.approx(want, rel=0.04)
 
 
 def test_forward_flops_are_those_of_the_products():
