@@ -22,6 +22,8 @@ _WIDTHS = {
   'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4,
   's64': 8, 'u64': 8, 'f8e4m3fn': 1, 'f8e5m2': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8}
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+# What a core beside the main one computes says so behind it.
+_END = re.compile(r'^\}(, execution_thread="\w+")?$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
 _CALLED = re.compile(
   r'(?:calls|to_apply|body|branch_computations)=\{?(%?[\w.\-]+(?:, ?%?[\w.\-]+)*)')
@@ -76,7 +78,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
       if head := _HEAD.match(line):
         current = computations.setdefault(head[2], [])
         entry = head[2] if head[1] else entry
-    elif line == '}':
+    elif _END.match(line):
       current = None
     elif found := _INSTRUCTION.match(line):
       rest = re.sub(r'/\*.*?\*/', '', found[3])

@@ -77,6 +77,13 @@ def test_loops_spread_collectives_and_slices():
   assert hlo.summary(hlo.collectives(TPU, 8))['all-gather'] == {'bytes': 576.0, 'count': 3}
 
 
+def test_a_computation_of_another_core_ends():
+  text = TPU.replace('custom-call(%all-gather.1), TARGET="AsyncCollectiveStart"\n}',
+                     'custom-call(%all-gather.1), TARGET="AsyncCollectiveStart"\n}, '
+                     'execution_thread="sparsecore"')
+  assert text != TPU and hlo.parse(text) == hlo.parse(TPU)
+
+
 def test_what_a_runtime_sends_to_other_slices():
   send = ('  %s = (f32[8]{0}, u32[], token[]) send(%r), channel_id=11, is_host_transfer=true, '
           'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}\n')
