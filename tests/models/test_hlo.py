@@ -78,9 +78,8 @@ def test_loops_spread_collectives_and_slices():
 
 
 def test_a_computation_of_another_core_ends():
-  text = TPU.replace('custom-call(%all-gather.1), TARGET="AsyncCollectiveStart"\n}',
-                     'custom-call(%all-gather.1), TARGET="AsyncCollectiveStart"\n}, '
-                     'execution_thread="sparsecore"')
+  end = '"AsyncCollectiveStart"\n}'
+  text = TPU.replace(end, f'{end}, execution_thread="sparsecore"')
   assert text != TPU and hlo.parse(text) == hlo.parse(TPU)
 
 
