@@ -301,7 +301,7 @@ def _block_scores(q, k, segment_ids, window, start, first) -> jax.Array:
     mask &= keys > queries - window
   cut = functools.partial(jax.lax.dynamic_slice_in_dim, segment_ids, axis=1)
   mask &= cut(start, q.shape[3])[:, :, None] == cut(first, k.shape[2])[:, None]
-  # The same for all heads: the barrier keeps it from being computed for each.
+  # The same for all heads: where the compiler heeds the barrier, it is not computed for each.
   bias = jax.lax.optimization_barrier(jnp.where(mask, 0.0, MASKED)[:, None, None])
   return _product(q, k, 3) + bias
 
@@ -321,6 +321,21 @@ def _keys(x: jax.Array, group: jax.Array, first: jax.Array, count: int) -> jax.A
   shape = (1, x.shape[1], count, *x.shape[3:])
   own = from_bits(jax.lax.dynamic_slice(x, (group, 0, first, 0, 0), shape)[0])
   return rearranged(own, (0, 2, 1, 3))
+
+
+def _read(blocks, k, v, segment_ids, window, place, width):
+  """What a visit reads: group, first key, queries, keys, values and scores of a block.
+
+  The keys are those of `width` blocks (static), up to the end of its own.
+  """
+  size, count = blocks.shape[2], len(blocks) // len(k)
+  group, block = place // count, place % count
+  first = jnp.maximum(block + 1 - width, 0) * size
+  q = _queries(blocks, place)
+  own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
+  segments = _part(segment_ids, group)
+  scores = _block_scores(q, own_k, segments, window, block * size, first)
+  return group, first, q, own_k, own_v, scores
 
 
 def _put(x: jax.Array, place: jax.Array, part: jax.Array) -> jax.Array:
@@ -365,11 +380,7 @@ def _blocked_fwd(q, k, v, segment_ids, window):
   visits, *bounds = _visits(segment_ids, size, window)
 
   def attend(place, width):
-    group, block = place // count, place % count
-    first = jnp.maximum(block + 1 - width, 0) * size
-    own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
-    segments = _part(segment_ids, group)
-    scores = _block_scores(_queries(blocks, place), own_k, segments, window, block * size, first)
+    *_, own_v, scores = _read(blocks, k, v, segment_ids, window, place, width)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -399,14 +410,11 @@ def _blocked_bwd(window, residuals, grad):
   visits, *bounds = _visits(segment_ids, size, window)
 
   def differentiate(place, width):
-    group, block = place // count, place % count
-    first = jnp.maximum(block + 1 - width, 0) * size
-    own_k, own_v = (_keys(x, group, first, width * size) for x in (k, v))
-    own_q, own_grad, own_out = (_queries(x, place) for x in (blocks, grad, out))
+    group, first, own_q, own_k, own_v, scores = _read(
+      blocks, k, v, segment_ids, window, place, width)
+    own_grad, own_out = (_queries(x, place) for x in (grad, out))
     # The softmax's Jacobian needs only the sum of grad * out (FlashAttention, algorithm 4).
     inner = (own_grad.astype(jnp.float32) * own_out.astype(jnp.float32)).sum(-1, keepdims=True)
-    segments = _part(segment_ids, group)
-    scores = _block_scores(own_q, own_k, segments, window, block * size, first)
     weights = jnp.exp(scores - _queries(norm, place))
     dscores = weights * (_product(own_grad, own_v, 3) - inner)
     weights, dscores = weights.astype(dtype), dscores.astype(dtype)

@@ -103,7 +103,9 @@ def as_read(frozen: nnx.State) -> nnx.State:
   """The frozen state as a train step reads it fastest: on CPU as bits, or each step makes them."""
   if platform.name() != 'cpu':
     return frozen
-  return jax.jit(lambda state: jax.tree.map(to_bits, state))(frozen)
+  # Alone, array by array: what is not bfloat16 would be copied.
+  make = jax.jit(to_bits)
+  return jax.tree.map(lambda x: make(x) if x.dtype == jnp.bfloat16 else x, frozen)
 
 
 def batch_shardings(mesh) -> NamedSharding:

@@ -186,6 +186,23 @@ def test_every_mix_of_axes_changes_nothing(model, sizes):
   assert_equal_steps(one_step(model, sizes, batch_rows=rows, remat=remat), want)
 
 
+def test_weights_as_they_are_read_give_the_same_loss():
+  """On CPU bfloat16 is read as bits; what is not bfloat16 stays the array that it is."""
+  config = dataclasses.replace(CONFIG, dtype='bfloat16')
+  model = decoder.create(config, LoraConfig(4, 8))
+  frozen = step_lib.as_read(model.frozen)
+  pairs = list(zip(*map(jax.tree.leaves, (model.frozen, frozen)), strict=True))
+  for given, read in pairs:
+    assert read.dtype == (jnp.uint16 if given.dtype == jnp.bfloat16 else given.dtype)
+    assert given is read or given.dtype == jnp.bfloat16
+  assert len({given is read for given, read in pairs}) == 2
+  rows = packing.pack(make_examples(), 32)
+  batch = {k: jnp.asarray(v[0]) for k, v in packing.Batches(rows, batch_rows=2)[0].items()}
+  loss = lambda frozen: step_lib.batch_loss(
+    model.graphdef, model.lora, frozen, batch, label_smoothing=0.1)[0]
+  assert float(loss(frozen)) == pytest.approx(float(loss(model.frozen)), rel=1e-6)
+
+
 def test_dropout_depends_on_seed_and_step(model):
   model = dataclasses.replace(model, lora_config=LoraConfig(4, 8, dropout=0.5))
   dropped = decoder.create(CONFIG, model.lora_config)
