@@ -38,7 +38,7 @@ from inference.lookup import Acceptance, LookupConfig, pays
 from inference.results import Completion, ContextOverflow, Stats
 from inference.sampling import GREEDY, SamplingConfig
 from inference.trie import Tables
-from models import adapters, decoder, memory
+from models import adapters, decoder, memory, native
 from models.kv_cache import KVCache
 
 # Share of the busy slots whose end makes decoding return: a step costs the same for 32 rows as for
@@ -179,6 +179,8 @@ class Engine:
         cache, state = map(jax.device_put, (cache, state), shardings)
       self._caches.append(cache)
       self._states.append(state)
+    # A CPU's own kernel reads each slot's tokens where they lie: no copy, no attended length.
+    self._in_place = mesh is None and native.reads(self._caches[0])
     held = memory.held_bytes(self._caches)
     room = memory.USABLE * memory.device_bytes() - memory.held_bytes(self._params) - held
     self._decode_lengths = lengths.affordable(self._lengths, held, room)
@@ -351,6 +353,8 @@ class Engine:
       cache: the group's.
       own: int [S], tokens of each slot; 0 of one at rest.
     """
+    if self._in_place:
+      return self.max_len, cache, None
     attend_len = next(n for n in self._decode_lengths if n >= own.max())
     copied = attend_len < self.max_len or not cache.readable
     split = lengths.choose(own, attend_len, self._splits, self._decode_steps, copied)

@@ -295,7 +295,7 @@ def decode(
   def advance(carry):
     step, tail, state, tokens, logprobs, nodes = carry
     hidden, tail = decoder.forward_step(
-      spec.graphdef, *params, state.last, prefix, tail, before, step, gates=gates,
+      spec.graphdef, *params, state.last, prefix, tail, _read(state, before), step, gates=gates,
       longer=longer
     )
     new, logprob, stop = _choose(
@@ -327,6 +327,11 @@ def decode(
   new = tail, kv_cache.places(before, state.lengths - before, steps)
   packed = _pack(tokens, logprobs, state.active, jnp.broadcast_to(step, (slots,)))
   return new, dataclasses.replace(state, first=jnp.full_like(state.first, -1)), packed
+
+
+def _read(state: SlotState, lengths: jax.Array) -> jax.Array:
+  """Tokens of each slot that a step reads: of one at rest none, where that is worth anything."""
+  return jnp.where(state.active, lengths, 0)
 
 
 def _enter(tries: Tries, state: SlotState) -> tuple[jax.Array | None, jax.Array | None]:
@@ -389,7 +394,7 @@ def verify(
     places = at_columns(places, own, start)
     fed = jnp.concatenate([state.last[:, None], drafts], axis=1)
     hidden, tail = decoder.forward_step(
-      spec.graphdef, *params, fed, prefix, tail, before, start, places, gates, longer
+      spec.graphdef, *params, fed, prefix, tail, _read(state, before), start, places, gates, longer
     )
     seeds = jnp.broadcast_to(state.seed[:, None], fed.shape)
     indices = state.index[:, None] + ahead.astype(jnp.uint32)

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from models import flash, platform, splash
+from models import flash, native, platform, splash
 from models.layers import from_bits, rearranged, to_bits, transposed
 
 MASKED = -1e30
@@ -164,6 +164,9 @@ def decode_attention(
   batch, width, heads, head_dim = q.shape
   if places is None:
     places = lengths[:, None] + jnp.arange(tail_k.shape[-1])
+  if k.dtype == jnp.uint16:
+    return native.decode_attention(
+      q, (k, v), (tail_k, tail_v), lengths, step, places, window)
   own = jax.lax.dynamic_slice_in_dim(places, step, width, axis=1)[:, :, None]
   old = jnp.arange(k.shape[-1]) < lengths[:, None, None]
   new = places[:, None] <= own

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from data.errors import UserError
-from models import kv_cache, quantise, rope, sharding
+from models import kv_cache, native, quantise, rope, sharding
 from models.attention import attention, cached_attention, decode_attention
 from models.families import DecoderConfig
 from models.kv_cache import KVCache
@@ -30,6 +30,7 @@ from models.layers import (
   from_bits,
   gated,
   matmul,
+  matmul_native,
   matmul_transposed,
   project,
   recomputed,
@@ -42,7 +43,9 @@ REMAT = ('none', 'mlp', 'full')
 
 
 class Attention(nnx.Module):
-  def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+  def __init__(
+    self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs, transposed: bool
+  ):
     self.config = config
     width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
@@ -51,7 +54,7 @@ class Attention(nnx.Module):
       own = lora if lora is not None and name in lora.targets else None
       return Linear(
         in_dim, out_dim, axes, config=config, lora=own, bias=bias,
-        quantization=config.base_quantization, rngs=rngs)  # fmt: skip
+        quantization=config.base_quantization, transposed=transposed, rngs=rngs)  # fmt: skip
 
     bias = config.qkv_bias
     self.q = linear('q', config.embed_dim, width, ('embed', 'heads'), bias)
@@ -82,12 +85,14 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-  def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+  def __init__(
+    self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs, transposed: bool
+  ):
     def linear(name, in_dim, out_dim, axes):
       own = lora if lora is not None and name in lora.targets else None
       return Linear(
         in_dim, out_dim, axes, config=config, lora=own, quantization=config.base_quantization,
-        rngs=rngs)  # fmt: skip
+        transposed=transposed, rngs=rngs)  # fmt: skip
 
     self.gate = linear('gate', config.embed_dim, config.mlp_dim, ('embed', 'mlp'))
     self.up = linear('up', config.embed_dim, config.mlp_dim, ('embed', 'mlp'))
@@ -100,12 +105,14 @@ class Block(nnx.Module):
   Some families norm what is added once more.
   """
 
-  def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+  def __init__(
+    self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs, transposed: bool = False
+  ):
     self.lora = lora
     self.attn_norm = RMSNorm(config.embed_dim, config)
-    self.attn = Attention(config, lora, rngs)
+    self.attn = Attention(config, lora, rngs, transposed)
     self.mlp_norm = RMSNorm(config.embed_dim, config)
-    self.mlp = Mlp(config, lora, rngs)
+    self.mlp = Mlp(config, lora, rngs, transposed)
     if config.post_norms:
       self.attn_post_norm = RMSNorm(config.embed_dim, config)
       self.mlp_post_norm = RMSNorm(config.embed_dim, config)
@@ -156,7 +163,10 @@ class Embed(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """All parameters; `blocks` is one stacked block, or a list of them when `unrolled`."""
+  """All parameters; `blocks` is one stacked block, or a list of them when `unrolled`.
+
+  With `native` kernels lie transposed, for the CPU's own products (`models.native`).
+  """
 
   def __init__(
     self,
@@ -165,11 +175,13 @@ class Decoder(nnx.Module):
     *,
     rngs: nnx.Rngs,
     unrolled: bool = False,
+    native: bool = False,
   ):
-    self.config = config
+    self.config, self.native = config, native
     self.embed = Embed(config, rngs)
     if unrolled:
-      self.blocks = nnx.List([Block(config, lora, rngs) for _ in range(config.num_layers)])
+      self.blocks = nnx.List(
+        [Block(config, lora, rngs, native) for _ in range(config.num_layers)])
     else:
       stack = nnx.vmap(
         lambda rngs: Block(config, lora, rngs), transform_metadata={nnx.PARTITION_NAME: 'layers'}
@@ -178,7 +190,8 @@ class Decoder(nnx.Module):
     self.final_norm = RMSNorm(config.embed_dim, config)
     if not config.tie_embeddings:
       axes, width = ('embed', 'vocab'), (config.embed_dim, config.vocab_size)
-      self.head = Linear(*width, axes, config=config, lora=None, rngs=rngs)
+      self.head = Linear(
+        *width, axes, config=config, lora=None, transposed=native, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,20 +213,27 @@ class Model:
   frozen: nnx.State
 
 
-def _split(config: DecoderConfig, lora: LoraConfig | None, key: jax.Array, unrolled=False):
+def _split(config: DecoderConfig, lora: LoraConfig | None, key: jax.Array, **layout: bool):
   with nnx.use_eager_sharding(False):
-    decoder = Decoder(config, lora, rngs=nnx.Rngs(params=key), unrolled=unrolled)
+    decoder = Decoder(config, lora, rngs=nnx.Rngs(params=key), **layout)
     return nnx.split(decoder, nnx.LoRAParam if config.frozen else nnx.Param, ...)
 
 
 def abstract(
-  config: DecoderConfig, lora: LoraConfig | None = None, *, unrolled: bool = False
+  config: DecoderConfig,
+  lora: LoraConfig | None = None,
+  *,
+  unrolled: bool = False,
+  native: bool = False,
 ) -> Model:
-  """The model's structure with `jax.ShapeDtypeStruct` leaves; allocates nothing."""
+  """The model's structure with `jax.ShapeDtypeStruct` leaves; allocates nothing.
+
+  `unrolled` and `native` are as `Decoder` takes them.
+  """
   graphdefs = []
 
   def states(key):
-    graphdef, *states = _split(config, lora, key, unrolled)
+    graphdef, *states = _split(config, lora, key, unrolled=unrolled, native=native)
     graphdefs.append(graphdef)
     return states
 
@@ -427,6 +447,9 @@ def logits(graphdef: nnx.GraphDef, frozen: nnx.State, hidden: jax.Array) -> jax.
   """float32 [..., V] of hidden states [..., D]; for a few rows, never for a training batch."""
   params = to_params(frozen)
   config = config_of(graphdef)
+  if _static(graphdef, 'native'):
+    kernel = params['embed.embedding' if config.tie_embeddings else 'head.kernel']
+    return matmul_native(hidden, [kernel])[0]
   if not config.tie_embeddings:
     return matmul(hidden, params['head.kernel'], config.dtype, frozen=True)
   return matmul_transposed(hidden, params['embed.embedding'], config.dtype)
@@ -434,7 +457,12 @@ def logits(graphdef: nnx.GraphDef, frozen: nnx.State, hidden: jax.Array) -> jax.
 
 def config_of(graphdef: nnx.GraphDef) -> DecoderConfig:
   """The config that a graph definition was made with."""
-  return next(static.value for name, static in graphdef.attributes if name == 'config')
+  return _static(graphdef, 'config')
+
+
+def _static(graphdef: nnx.GraphDef, wanted: str) -> Any:
+  """A static attribute of the decoder."""
+  return next(static.value for name, static in graphdef.attributes if name == wanted)
 
 
 def prepare_for_decode(model: Model) -> Model:
@@ -443,10 +471,12 @@ def prepare_for_decode(model: Model) -> Model:
   Inside a loop of decode steps a stacked kernel is sliced, that is copied, at every step; separate
   arrays are read where they lie. SmolLM2-135M in bfloat16 with 32 slots, attend_len 320 of 512, ms
   a step on one core: a scan over stacked weights and cache 99, unrolled over slices 94, prepared
-  87, prepared with `forward_step` 74 (float32 products: 126). Each compiles in 2 to 3 s. A model
+  87, prepared with `forward_step` 74 (float32 products: 126). Each compiles in 2 to 3 s. On one CPU
+  the kernels are transposed, too, where its own products (`models.native`) can take them. A model
   that is prepared already is returned as it is, so that several engines can share its arrays.
   """
-  unrolled = abstract(model.config, model.lora_config, unrolled=True)
+  native_too = _can_be_native(model)
+  unrolled = abstract(model.config, model.lora_config, unrolled=True, native=native_too)
   if model.graphdef == unrolled.graphdef:
     return model
   params = to_params(model.lora) | to_params(model.frozen)
@@ -457,10 +487,33 @@ def prepare_for_decode(model: Model) -> Model:
         slices[f'blocks.{layer}.{name.removeprefix("blocks.")}'] = value[layer]
     else:
       slices[name] = value
+  if native_too:
+    for name in [name for name in slices if name.endswith('.kernel')]:
+      slices[name] = _transposed(slices[name])
   fill = lambda name, variable: variable.replace(slices[name])
   return dataclasses.replace(
     unrolled, lora=_map_flat(fill, unrolled.lora), frozen=_map_flat(fill, unrolled.frozen)
   )
+
+
+def _can_be_native(model: Model) -> bool:
+  """Whether `models.native` can take all of a model's kernels, on the one CPU where they are."""
+  config = model.config
+  leaves = jax.tree.leaves((model.lora, model.frozen))
+  widths = (
+    config.embed_dim, config.mlp_dim, config.vocab_size, config.num_kv_heads * config.head_dim,
+    config.num_heads * config.head_dim)
+  return (
+    config.dtype == config.weight_dtype == 'bfloat16'
+    and config.base_quantization == 'none'
+    and not any(width % native.MULTIPLE for width in widths)
+    and all(len(leaf.sharding.device_set) == 1 for leaf in leaves)
+    and native.available())
+
+
+@jax.jit
+def _transposed(kernel: jax.Array) -> jax.Array:
+  return from_bits(to_bits(kernel).T)
 
 
 def forward_cached(

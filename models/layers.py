@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import lora as lora_lib
-from models import platform, quantise
+from models import native, platform, quantise
 
 
 def to_bits(x: jax.Array) -> jax.Array:
@@ -174,6 +174,15 @@ def _quantised_matmul_bwd(kind, dtype, residuals, grad):
 quantised_matmul.defvjp(_quantised_matmul_fwd, _quantised_matmul_bwd)
 
 
+def matmul_native(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
+  """`matmul_transposed` in bfloat16 of several kernels, of few rows by `native.products`."""
+  rows = math.prod(x.shape[:-1])
+  if rows > native.max_rows():
+    return [matmul_transposed(x, kernel, 'bfloat16') for kernel in kernels]
+  results = native.products(x.reshape(rows, -1), kernels)
+  return [y.reshape(*x.shape[:-1], -1) for y in results]
+
+
 def matmul_transposed(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
   """x [..., in] times the transpose of kernel [out, in] -> float32 [..., out]; no gradient rule.
 
@@ -206,12 +215,17 @@ class Linear(nnx.Module):
     lora: lora_lib.LoraConfig | None,
     bias: bool = False,
     quantization: str = 'none',
+    transposed: bool = False,
     rngs: nnx.Rngs,
   ):
+    """A kernel [in, out] with logical `axes`; `transposed`: [out, in], for `matmul_native`."""
+    self.transposed = transposed
     self.dtype, self.frozen = config.dtype, config.frozen
     self.lora, self.quantization = lora, quantization
     kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * in_dim**-0.5
-    if quantization == 'none':
+    if transposed:
+      self.kernel = nnx.Param(kernel.T.astype(config.weight_dtype), out_sharding=axes[::-1])
+    elif quantization == 'none':
       self.kernel = nnx.Param(kernel.astype(config.weight_dtype), out_sharding=axes)
     else:
       codes, scale = quantise.quantise(kernel, quantization)
@@ -230,13 +244,14 @@ class Linear(nnx.Module):
     return project((self,), x, adapter_x, gates)[0]
 
   def base(self, x: jax.Array) -> jax.Array:
-    """What comes out without the adapter."""
+    """What comes out without adapter and bias."""
     kernel = self.kernel.get_value()
     if self.quantization == 'none':
-      y = matmul(x, kernel, self.dtype, frozen=self.frozen)
-    else:
-      scale = self.kernel_scale.get_value()
-      y = quantised_matmul(x, kernel, scale, self.quantization, self.dtype)
+      return matmul(x, kernel, self.dtype, frozen=self.frozen)
+    scale = self.kernel_scale.get_value()
+    return quantised_matmul(x, kernel, scale, self.quantization, self.dtype)
+
+  def biased(self, y: jax.Array) -> jax.Array:
     return y if self.bias is None else y + self.bias.get_value()
 
 
@@ -267,7 +282,11 @@ def project(
   adapted = [i for i, linear in enumerate(linears) if linear.lora is not None]
   if gates is None and _joins(linears, x):
     return _joined(linears, x, adapter_x)
-  results = [linear.base(x) for linear in linears]
+  if linears[0].transposed:
+    results = matmul_native(x, [linear.kernel.get_value() for linear in linears])
+  else:
+    results = [linear.base(x) for linear in linears]
+  results = [linear.biased(y) for linear, y in zip(linears, results, strict=True)]
   if not adapted:
     return results
   first = linears[adapted[0]]
@@ -295,7 +314,7 @@ def _joins(linears: Sequence[Linear], x: jax.Array) -> bool:
   # On a mesh kernel and factor may be split otherwise.
   one_cpu = platform.name() == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1
   return one_cpu and math.prod(x.shape[:-1]) >= _JOINED_ROWS and all(
-    linear.lora is not None and linear.quantization == 'none' and linear.frozen
+    not linear.transposed and linear.lora is not None and linear.quantization == 'none' and linear.frozen
     and linear.dtype == 'bfloat16' for linear in linears)
 
 
@@ -314,9 +333,7 @@ def _joined(
     adapter_x = None if adapter_x is None else rows(adapter_x)
     results = _adapted_products(rows(x), adapter_x, kernels, a, b, scale)
   results = [y.reshape(*x.shape[:-1], -1) for y in results]
-  return [
-    y if linear.bias is None else y + linear.bias.get_value()
-    for y, linear in zip(results, linears, strict=True)]
+  return [linear.biased(y) for linear, y in zip(linears, results, strict=True)]
 
 
 def _operand(x: jax.Array) -> jax.Array:

@@ -1,0 +1,563 @@
+// Decoding on a CPU: products of few rows, and attention over a cache, each number of which is read
+// once and where it lies.
+//
+// XLA's CPU backend writes the second factor of a bfloat16 product in another order before it
+// multiplies, kernel or cache, at every call. For a training step that is little; for a step of a
+// few rows it is most of the time.
+//
+// bfloat16 numbers come as bits. A word of 32 bits holds two: its halves, shifted, are float32.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BW__)
+#define HINTSIGHT_TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define HINTSIGHT_TILES 0
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Lanes of a vector of float32, and rows of a block whose sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 4;
+#else
+constexpr int kLanes = 8, kRows = 2;
+#endif
+using Floats = float __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+using Words = uint32_t __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+using Ints = int32_t __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+inline Words LoadWords(const uint16_t* p) { return *reinterpret_cast<const Words*>(p); }
+inline Floats Load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline void Store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
+inline Floats Low(Words w) { return (Floats)(w << 16); }
+inline Floats High(Words w) { return (Floats)(w & 0xffff0000u); }
+
+// Where number i lies once the words' halves are apart: in each 2 kLanes the even before the odd.
+inline int64_t Place(int64_t i) {
+  int64_t lane = i % (2 * kLanes);
+  return i - lane + lane / 2 + lane % 2 * kLanes;
+}
+
+inline uint16_t Rounded(float x) {  // To the nearest bfloat16, ties to even.
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+inline float AsFloat(uint16_t bits) {
+  uint32_t u = uint32_t{bits} << 16;
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+// Memory of a thread, kept for the next call.
+template <typename T, int kUse>
+T* Scratch(size_t count) {
+  constexpr size_t kLine = 64;
+  thread_local std::vector<char> memory;
+  if (memory.size() < count * sizeof(T) + kLine) memory.resize(count * sizeof(T) + kLine);
+  auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<T*>((address + kLine - 1) / kLine * kLine);
+}
+
+// Calls run(task) for all tasks, on the calling thread and on those of XLA's pool that are free.
+// A thread of the pool that comes late finds nothing left and touches nothing of the caller's.
+template <typename F>
+void ForEach(ffi::ThreadPool& pool, int64_t tasks, const F& run) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, tasks, &run] {
+    for (int64_t task; (task = state->next.fetch_add(1)) < tasks;) {
+      run(task);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  while (state->done.load(std::memory_order_acquire) < tasks) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+// ---------------------------------------------------------------------------------------- products
+
+// y [rows, n] = x [rows, k] times the transpose of a kernel [n, k].
+struct Product {
+  const uint16_t* kernel;
+  float* y;
+  int64_t n;
+};
+
+constexpr int64_t kPanel = 32;  // Columns of a result that a task computes.
+constexpr int64_t kAhead = 4096;  // Bytes of a kernel that are asked for before they are needed.
+
+// Calls f with the number of rows, as a constant, of each block of at most kMost.
+template <int kMost, typename F>
+void InBlocks(int64_t rows, const F& f) {
+  int64_t row = 0;
+  for (; row + kMost <= rows; row += kMost) f(std::integral_constant<int, kMost>(), row);
+  if constexpr (kMost > 1) {
+    if (row < rows)
+      InBlocks<kMost - 1>(rows - row, [&](auto count, int64_t next) { f(count, row + next); });
+  }
+}
+
+// kCount rows of x, in the order of `Place`, times four rows of a kernel.
+template <int kCount>
+void Dots(const float* x, int64_t k, const Product& p, int64_t row, int64_t column) {
+  constexpr int kColumns = 4;
+  Floats sums[kCount][kColumns] = {};
+  const uint16_t* kernel = p.kernel + column * k;
+  x += row * k;
+  for (int64_t i = 0; i < k; i += 2 * kLanes) {
+    for (int c = 0; c < kColumns; ++c) {
+      __builtin_prefetch(reinterpret_cast<const char*>(kernel + c * k + i) + kAhead);
+      Words words = LoadWords(kernel + c * k + i);
+      Floats low = Low(words), high = High(words);
+      for (int r = 0; r < kCount; ++r) {
+        sums[r][c] += low * Load(x + r * k + i);
+        sums[r][c] += high * Load(x + r * k + i + kLanes);
+      }
+    }
+  }
+  for (int r = 0; r < kCount; ++r)
+    for (int c = 0; c < kColumns; ++c) {
+      float sum = 0;
+      for (int lane = 0; lane < kLanes; ++lane) sum += sums[r][c][lane];
+      p.y[(row + r) * p.n + column + c] = sum;
+    }
+}
+
+#if HINTSIGHT_TILES
+// Tiles of 16 x 32 bfloat16 (AMX): TDPBF16PS adds A [16, 32] times B [32, 16], whose rows lie in
+// pairs, to C [16, 16] of float32. A are a kernel's rows, where they lie; B is x, and C is y
+// transposed.
+constexpr int64_t kTile = 16, kDepth = 32;
+
+bool TilesAllowed() {
+  // Linux gives a process the tiles' registers on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return allowed;
+}
+
+class Tiles {  // Configured for as long as it lives.
+ public:
+  Tiles() {
+    alignas(64) uint8_t config[64] = {};
+    config[0] = 1;
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = kTile;
+    }
+    _tile_loadconfig(config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// x [rows, k] as tiles of B, [rows / 16, k / 32, 16 pairs, 16 rows, 2], zeros behind the last row.
+void Tiled(const float* x, int64_t rows, int64_t k, uint16_t* out) {
+  for (int64_t block = 0; block < rows; block += kTile)
+    for (int64_t i = 0; i < k; i += 2)
+      for (int64_t r = block; r < block + kTile; ++r) {
+        *out++ = r < rows ? Rounded(x[r * k + i]) : 0;
+        *out++ = r < rows ? Rounded(x[r * k + i + 1]) : 0;
+      }
+}
+
+// C tiles 0 to 3: two of a kernel's rows times one or two (kTwo) of x.
+template <bool kTwo>
+void MultiplyTiles(const uint16_t* kernel, const uint16_t* x, int64_t k) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < k; i += kDepth, x += kTile * kDepth) {
+    _tile_loadd(4, kernel + i, 2 * k);
+    _tile_loadd(6, x, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, kernel + kTile * k + i, 2 * k);
+    _tile_dpbf16ps(1, 5, 6);
+    if (kTwo) {
+      _tile_loadd(7, x + kTile * k, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+void TiledPanel(const uint16_t* x, int64_t rows, int64_t k, const Product& p, int64_t begin) {
+  int64_t end = std::min(begin + kPanel, p.n);
+  alignas(64) float sums[4][kTile][kTile];
+  const __m512i lines = _mm512_setr_epi32(
+      0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+  for (int64_t column = begin; column < end; column += 2 * kTile) {
+    const uint16_t* kernel = p.kernel + column * k;
+    for (int64_t row = 0; row < rows; row += 2 * kTile) {
+      bool two = row + kTile < rows;
+      (two ? MultiplyTiles<true> : MultiplyTiles<false>)(kernel, x + row * k, k);
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      if (two) {
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+      }
+      int64_t count = std::min<int64_t>(2 * kTile, rows - row);
+      for (int64_t r = 0; r < count; ++r) {
+        float* y = p.y + (row + r) * p.n + column;
+        const float* own = &sums[r / kTile * 2][0][r % kTile];
+        _mm512_storeu_ps(y, _mm512_i32gather_ps(lines, own, 4));
+        _mm512_storeu_ps(y + kTile, _mm512_i32gather_ps(lines, own + kTile * kTile, 4));
+      }
+    }
+  }
+}
+#else
+bool TilesAllowed() { return false; }
+#endif
+
+ffi::Error Products(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_in, ffi::RemainingArgs kernels,
+                    ffi::RemainingRets results) {
+  int64_t rows = x_in.dimensions()[0], k = x_in.dimensions()[1];
+  const float* x = x_in.typed_data();
+  std::vector<Product> products;
+  std::vector<int64_t> ends;  // Of each product's tasks.
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    auto kernel = kernels.get<ffi::AnyBuffer>(i);
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (!kernel.has_value() || !result.has_value())
+      return ffi::Error::InvalidArgument("a kernel or a result is not a buffer");
+    int64_t n = kernel->dimensions()[0];
+    products.push_back({static_cast<const uint16_t*>(kernel->untyped_data()),
+                        static_cast<float*>((*result)->untyped_data()), n});
+    ends.push_back((ends.empty() ? 0 : ends.back()) + (n + kPanel - 1) / kPanel);
+  }
+  auto find = [&](int64_t task) {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
+    return std::pair(i, (task - (i ? ends[i - 1] : 0)) * kPanel);
+  };
+#if HINTSIGHT_TILES
+  if (TilesAllowed()) {
+    uint16_t* own = Scratch<uint16_t, 0>((rows + kTile - 1) / kTile * kTile * k);
+    Tiled(x, rows, k, own);
+    ForEach(pool, ends.back(), [&](int64_t task) {
+      Tiles tiles;
+      auto [i, begin] = find(task);
+      TiledPanel(own, rows, k, products[i], begin);
+    });
+    return ffi::Error::Success();
+  }
+#endif
+  float* own = Scratch<float, 1>(rows * k);
+  for (int64_t i = 0; i < rows * k; ++i) own[Place(i)] = AsFloat(Rounded(x[i]));
+  ForEach(pool, ends.back(), [&](int64_t task) {
+    auto [i, begin] = find(task);
+    const Product& p = products[i];
+    for (int64_t column = begin; column < std::min(begin + kPanel, p.n); column += 4)
+      InBlocks<kRows>(rows, [&, &p = p](auto count, int64_t row) {
+        Dots<count>(own, k, p, row, column);
+      });
+  });
+  return ffi::Error::Success();
+}
+
+// --------------------------------------------------------------------------------------- attention
+
+// 2^x for x <= 0, to float32's precision; 0 far below.
+inline Floats Exp2(Floats x) {
+  x = x > -126.0f ? x : Floats{} - 126.0f;
+  Ints whole = __builtin_convertvector(x - 0.5f, Ints);  // Truncated: the nearest, as x <= 0.
+  Floats f = x - __builtin_convertvector(whole, Floats);
+  // 2^f on [-1/2, 1/2], by its Taylor polynomial: the error is below 2^-26.
+  Floats y = f * 1.5403530e-4f + 1.3333558e-3f;
+  y = y * f + 9.6181291e-3f;
+  y = y * f + 5.5504109e-2f;
+  y = y * f + 2.4022651e-1f;
+  y = y * f + 6.9314718e-1f;
+  y = y * f + 1.0f;
+  return y * (Floats)((whole + 127) << 23);
+}
+
+constexpr float kMasked = -1e30f;
+constexpr int64_t kChunk = 512;  // Positions of a task: their keys and values fit into a cache.
+constexpr int kLine = 32, kSecondCache = 2;  // Numbers of a cache's line; `locality` of a prefetch.
+
+// Scores of kCount rows of q [., H] with keys [H, stride], 2 * kLanes * kWords positions. As many
+// values, from `soon` on, are asked for meanwhile.
+template <int kCount, int kWords>
+void Scores(const float* q, const uint16_t* k, int64_t stride, int64_t width, float* scores,
+            int64_t scores_stride, const uint16_t* soon) {
+  constexpr int kStep = kWords * 2 * kLanes;
+  Floats even[kCount][kWords] = {}, odd[kCount][kWords] = {};
+  for (int64_t h = 0; h < width; ++h, k += stride, soon += kStep) {
+    for (int i = 0; i < kStep; i += kLine) __builtin_prefetch(soon + i, 0, kSecondCache);
+    for (int w = 0; w < kWords; ++w) {
+      Words words = LoadWords(k + w * 2 * kLanes);
+      Floats low = Low(words), high = High(words);
+      for (int r = 0; r < kCount; ++r) {
+        even[r][w] += low * q[r * width + h];
+        odd[r][w] += high * q[r * width + h];
+      }
+    }
+  }
+  for (int r = 0; r < kCount; ++r)
+    for (int w = 0; w < kWords; ++w) {
+      float* place = scores + r * scores_stride + w * 2 * kLanes;
+      Store(place, even[r][w]);
+      Store(place + kLanes, odd[r][w]);
+    }
+}
+
+// Sums of values [count, width], 4 kLanes of them, by weights of kCount rows, in Scores' order;
+// written in the order of `Place`. Keys [H, soon_stride] are asked for meanwhile.
+template <int kCount>
+void Weighted(const float* weights, int64_t weights_stride, const uint16_t* v, int64_t count,
+              int64_t width, float* out, const uint16_t* soon, int64_t soon_stride) {
+  Floats sums[kCount][4] = {};
+  for (int64_t i = 0; i < count; ++i, v += width) {
+    // Of 512 positions and H rows of 512 numbers, H / 32 lines for each position.
+    const uint16_t* row = soon + i * width / kChunk * soon_stride;
+    int64_t line = i % (kChunk / width) * width;
+    for (int h = 0; h < 4 * kLanes; h += kLine)
+      __builtin_prefetch(row + line + h, 0, kSecondCache);
+    int64_t place = Place(i);
+    for (int w = 0; w < 2; ++w) {
+      Words words = LoadWords(v + w * 2 * kLanes);
+      Floats low = Low(words), high = High(words);
+      for (int r = 0; r < kCount; ++r) {
+        float weight = weights[r * weights_stride + place];
+        sums[r][2 * w] += low * weight;
+        sums[r][2 * w + 1] += high * weight;
+      }
+    }
+  }
+  for (int r = 0; r < kCount; ++r)
+    for (int w = 0; w < 4; ++w) Store(out + r * width + w * kLanes, sums[r][w]);
+}
+
+struct Sizes {
+  int64_t slots, tokens, groups, heads, width, room, columns, rows;
+};
+
+// A part of a softmax's sum: of each row the largest score, the weights' sum and the values' sum.
+struct Part {
+  float* peak;
+  float* total;
+  float* sums;
+};
+
+// Attention of queries q [rows, H], in units of log2, over `count` positions of keys [H, k_stride]
+// and values [., H], of which there are `room`. `soon` are the keys that come next.
+//   mask(row, scores): makes the scores kMasked of the positions that a row does not see.
+template <typename Mask>
+void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride, const uint16_t* v,
+            int64_t count, int64_t room, const uint16_t* soon, const Mask& mask, const Part& part) {
+  constexpr int kWords = 2, kStep = kWords * 2 * kLanes;
+  int64_t stride = (count + kStep - 1) / kStep * kStep;
+  float* scores = Scratch<float, 3>(z.rows * stride);
+  for (int64_t i = 0; i < count; i += kStep) {
+    const uint16_t* own = k + i;
+    int64_t own_stride = k_stride;
+    if (i + kStep > room) {  // Nothing is read behind the last position.
+      uint16_t* copy = Scratch<uint16_t, 4>(z.width * kStep);
+      for (int64_t h = 0; h < z.width; ++h)
+        std::memcpy(copy + h * kStep, k + h * k_stride + i, (room - i) * sizeof(uint16_t));
+      own = copy, own_stride = kStep;
+    }
+    InBlocks<kRows>(z.rows, [&](auto rows, int64_t row) {
+      Scores<rows, kWords>(
+          q + row * z.width, own, own_stride, z.width, scores + row * stride + i, stride,
+          v + i * z.width);
+    });
+  }
+  for (int64_t row = 0; row < z.rows; ++row) {
+    float* own = scores + row * stride;
+    mask(row, own);
+    for (int64_t i = count; i < stride; ++i) own[Place(i)] = kMasked;
+    Floats peaks = Floats{} + kMasked;
+    for (int64_t i = 0; i < stride; i += kLanes) {
+      Floats x = Load(own + i);
+      peaks = x > peaks ? x : peaks;
+    }
+    float peak = kMasked;
+    for (int lane = 0; lane < kLanes; ++lane) peak = std::max(peak, peaks[lane]);
+    Floats totals = {};
+    for (int64_t i = 0; i < stride; i += kLanes) {
+      Floats x = Load(own + i);
+      x = x > kMasked / 2 ? Exp2(x - peak) : Floats{};
+      totals += x;
+      Store(own + i, x);
+    }
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += totals[lane];
+    part.peak[row] = peak;
+    part.total[row] = total;
+  }
+  InBlocks<kRows>(z.rows, [&](auto rows, int64_t row) {
+    for (int64_t h = 0; h < z.width; h += 4 * kLanes)
+      Weighted<rows>(scores + row * stride, stride, v + h, count, z.width,
+                     part.sums + row * z.width + h, soon + h, k_stride);
+  });
+}
+
+// Queries [B, T, N, H] over what a cache holds, keys [B, K, H, S] and values [B, K, S, H], of which
+// each slot has `lengths`, and over a tail [B, K, H, W] and [B, K, W, H], whose columns stand at
+// `places` [B, W]; the queries' own are the columns from `step` on.
+ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::AnyBuffer k_in,
+                           ffi::AnyBuffer v_in, ffi::AnyBuffer tail_k_in, ffi::AnyBuffer tail_v_in,
+                           ffi::Buffer<ffi::S32> lengths_in, ffi::Buffer<ffi::S32> step_in,
+                           ffi::Buffer<ffi::S32> places_in, ffi::ResultBuffer<ffi::F32> out_in,
+                           int64_t window) {
+  auto shape = q_in.dimensions();
+  Sizes z;
+  z.slots = shape[0], z.tokens = shape[1], z.width = shape[3];
+  z.heads = k_in.dimensions()[1], z.room = k_in.dimensions()[3];
+  z.groups = shape[2] / z.heads, z.columns = tail_k_in.dimensions()[3];
+  z.rows = z.groups * z.tokens;
+  auto bits = [](ffi::AnyBuffer& x) { return static_cast<const uint16_t*>(x.untyped_data()); };
+  const uint16_t *k = bits(k_in), *v = bits(v_in);
+  const uint16_t *tail_k = bits(tail_k_in), *tail_v = bits(tail_v_in);
+  const float* q = q_in.typed_data();
+  const int32_t* lengths = lengths_in.typed_data();
+  const int32_t* places = places_in.typed_data();
+  const int64_t step = step_in.typed_data()[0];
+  float* out = out_in->typed_data();
+
+  // A task is a chunk of what a slot has in the cache, for one head; the first one is the tail's,
+  // too. Of each there is a part of the softmax.
+  struct Task {
+    int64_t slot, head, chunk, chunks;
+  };
+  std::vector<int64_t> first(z.slots), parts(z.slots);
+  std::vector<Task> tasks;
+  int64_t all_parts = 0;
+  for (int64_t b = 0; b < z.slots; ++b) {
+    int64_t length = std::clamp<int64_t>(lengths[b], 0, z.room);
+    if (window) {
+      int64_t oldest = places[b * z.columns + step];
+      first[b] = std::min(std::max<int64_t>(oldest - window + 1, 0), length) / 64 * 64;
+    }
+    int64_t chunks = (length - first[b] + kChunk - 1) / kChunk;
+    parts[b] = all_parts;
+    all_parts += (chunks + 1) * z.heads;
+    for (int64_t head = 0; head < z.heads; ++head)
+      for (int64_t chunk = 0; chunk < std::max<int64_t>(chunks, 1); ++chunk)
+        tasks.push_back({b, head, chunk, chunks});
+  }
+  std::vector<float> numbers(all_parts * z.rows * (z.width + 2));
+  std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[z.slots * z.heads]);
+  for (const Task& task : tasks) left[task.slot * z.heads + task.head] = task.chunk + 1;
+  auto part = [&](const Task& task, int64_t index) {
+    int64_t place = parts[task.slot] + task.head * (task.chunks + 1) + index;
+    float* own = numbers.data() + place * z.rows * (z.width + 2);
+    return Part{own, own + z.rows, own + 2 * z.rows};
+  };
+  auto keys = [&](const Task& task) {
+    return k + (task.slot * z.heads + task.head) * z.width * z.room + first[task.slot] +
+           task.chunk * kChunk;
+  };
+  const float scale = 1.44269504f / std::sqrt(float(z.width));
+  const int64_t threads = pool.num_threads();
+
+  ForEach(pool, tasks.size(), [&](int64_t index) {
+    const Task& task = tasks[index];
+    const int64_t b = task.slot, pair = b * z.heads + task.head;
+    const int32_t* own_places = places + b * z.columns;
+    // Where row r of the queries, G x T, is in q and out.
+    auto at = [&](int64_t row) {
+      int64_t group = row / z.tokens, token = row % z.tokens;
+      return ((b * z.tokens + token) * z.groups * z.heads + task.head * z.groups + group) * z.width;
+    };
+    auto place = [&](int64_t row) { return int64_t{own_places[step + row % z.tokens]}; };
+    float* own_q = Scratch<float, 5>(z.rows * z.width);
+    for (int64_t row = 0; row < z.rows; ++row)
+      for (int64_t h = 0; h < z.width; ++h) own_q[row * z.width + h] = q[at(row) + h] * scale;
+    if (task.chunk < task.chunks) {
+      int64_t begin = first[b] + task.chunk * kChunk;
+      int64_t count = std::min<int64_t>(kChunk, std::min<int64_t>(lengths[b], z.room) - begin);
+      auto mask = [&](int64_t row, float* scores) {
+        if (!window) return;
+        int64_t hidden = std::min(place(row) - window + 1 - begin, count);
+        for (int64_t i = 0; i < hidden; ++i) scores[Place(i)] = kMasked;
+      };
+      // The thread's next task, most likely.
+      const Task& next = tasks[std::min<int64_t>(index + threads, tasks.size() - 1)];
+      Attend(z, own_q, keys(task), z.room, v + (pair * z.room + begin) * z.width, count,
+             z.room - begin, keys(next), mask, part(task, task.chunk));
+    }
+    if (task.chunk == 0) {
+      auto mask = [&](int64_t row, float* scores) {
+        for (int64_t i = 0; i < z.columns; ++i) {
+          int64_t there = own_places[i];
+          if (there > place(row) || (window && there <= place(row) - window))
+            scores[Place(i)] = kMasked;
+        }
+      };
+      const uint16_t* own_k = tail_k + pair * z.width * z.columns;
+      Attend(z, own_q, own_k, z.columns, tail_v + pair * z.columns * z.width, z.columns, z.columns,
+             own_k, mask, part(task, task.chunks));
+    }
+    if (left[pair].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    // The last one adds up the parts.
+    float* sums = Scratch<float, 6>(z.width);
+    for (int64_t row = 0; row < z.rows; ++row) {
+      float peak = kMasked, total = 0;
+      for (int64_t i = 0; i <= task.chunks; ++i) peak = std::max(peak, part(task, i).peak[row]);
+      std::fill(sums, sums + z.width, 0.0f);
+      for (int64_t i = 0; i <= task.chunks; ++i) {
+        Part one = part(task, i);
+        float factor = std::exp2(one.peak[row] - peak);
+        total += factor * one.total[row];
+        for (int64_t h = 0; h < z.width; ++h) sums[h] += factor * one.sums[row * z.width + h];
+      }
+      for (int64_t h = 0; h < z.width; ++h) out[at(row) + h] = sums[Place(h)] / total;
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// Whether products use the CPU's matrix instructions.
+extern "C" int HintsightTiles() { return TilesAllowed(); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightProducts, Products,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightDecodeAttention, DecodeAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("window"));

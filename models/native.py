@@ -1,0 +1,149 @@
+"""The CPU's own kernels for decoding, `native.cc`, which is compiled when it is first needed.
+
+They replace XLA's products of few rows in bfloat16, and its attention over a cache (`layers`,
+`attention`). Where there is no C++ compiler, or with HINTSIGHT_NATIVE=0, XLA's stay.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform as machine
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from models import platform
+
+# Of all widths: of a kernel's tiles, and of a vector.
+MULTIPLE, HEAD_MULTIPLE = 32, 64
+
+_SOURCE = pathlib.Path(__file__).with_name('native.cc')
+_FLAGS = (
+  '-std=c++17', '-O3', '-march=native', '-fno-math-errno', '-ffp-contract=fast', '-shared', '-fPIC')
+_TARGETS = {
+  'hintsight_products': 'HintsightProducts',
+  'hintsight_decode_attention': 'HintsightDecodeAttention',
+}
+
+
+def available() -> bool:
+  """Whether programs that are traced now can use the kernels."""
+  return platform.name() == 'cpu' and _library() is not None
+
+
+def max_rows() -> int:
+  """For how many rows `products` is faster than XLA.
+
+  64 rows of 576 by 1536 take 0.7 of XLA's time with the matrix instructions of the CPU (AMX), 256
+  as long. Without them it multiplies float32 vectors, which is enough as long as memory is what a
+  product waits for.
+  """
+  return 128 if _library().HintsightTiles() else 16
+
+
+def reads(cache) -> bool:
+  """Whether `decode_attention` can read a `kv_cache.KVCache` where it lies."""
+  keys = cache.k[0]
+  return keys.dtype == jnp.uint16 and keys.shape[2] % HEAD_MULTIPLE == 0 and available()
+
+
+def products(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
+  """x times the transpose of each kernel, all in one call.
+
+  Args:
+    x: float32 [rows, in], rounded to bfloat16 here; few rows.
+    kernels: bfloat16 [out, in], of which both are multiples of MULTIPLE.
+
+  Returns:
+    float32 [rows, out] of each.
+  """
+  results = [jax.ShapeDtypeStruct((x.shape[0], k.shape[0]), jnp.float32) for k in kernels]
+  return jax.ffi.ffi_call('hintsight_products', results)(x, *kernels)
+
+
+def decode_attention(
+  q: jax.Array,
+  prefix: tuple[jax.Array, jax.Array],
+  tail: tuple[jax.Array, jax.Array],
+  lengths: jax.Array,
+  step: jax.Array,
+  places: jax.Array,
+  window: int,
+) -> jax.Array:
+  """`attention.decode_attention` over a cache where it lies, of which a slot's own tokens are read.
+
+  Queries and weights are float32, and not rounded to the cache's bfloat16.
+
+  Args:
+    q: float32 [B, T, N, H], of which H is a multiple of HEAD_MULTIPLE.
+    prefix: keys uint16 [B, K, H, S] and values [B, K, S, H], the bits of bfloat16.
+    tail: keys bfloat16 [B, K, H, W] and values [B, K, W, H].
+    lengths, step, places, window: as there.
+
+  Returns:
+    float32 [B, T, N, H].
+  """
+  call = jax.ffi.ffi_call(
+    'hintsight_decode_attention', jax.ShapeDtypeStruct(q.shape, jnp.float32))
+  return call(q, *prefix, *tail, lengths, step, places, window=np.int64(window))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+  """The kernels, registered with JAX; None, which is logged, where they cannot be had."""
+  if os.environ.get('HINTSIGHT_NATIVE') == '0':
+    return None
+  try:
+    library = ctypes.CDLL(str(_built()))
+  except (OSError, subprocess.SubprocessError) as error:
+    detail = getattr(error, 'stderr', '') or error
+    logging.warning('Decoding on this CPU is slower than it could be: models/native.cc: %s', detail)
+    return None
+  for name, symbol in _TARGETS.items():
+    jax.ffi.register_ffi_target(
+      name, jax.ffi.pycapsule(getattr(library, symbol)), platform='cpu')
+  return library
+
+
+def _built() -> pathlib.Path:
+  """The compiled kernels, made if they are not there.
+
+  Raises:
+    OSError: there is no compiler, or no place for what it makes.
+    subprocess.SubprocessError: it failed.
+  """
+  compiler = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
+  if compiler is None:
+    raise OSError('no C++ compiler was found (g++ or clang++; Debian: apt install g++)')
+  include = jax.ffi.include_dir()
+  key = '\n'.join([
+    _SOURCE.read_text(encoding='utf-8'), jax.__version__, compiler, *_FLAGS, _cpu()])
+  name = f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  path = cache / 'hintsight' / name
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may be at it, too: each makes its own, and the last one's stays.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+      made = pathlib.Path(folder) / name
+      command = [compiler, *_FLAGS, f'-isystem{include}', str(_SOURCE), '-o', str(made)]
+      subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+      made.replace(path)
+  return path
+
+
+def _cpu() -> str:
+  """What `-march=native` depends on."""
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+  except OSError:
+    return machine.processor()
+  return next((line for line in lines if line.startswith('flags')), machine.machine())
