@@ -553,15 +553,34 @@ def forward_cached(
   rotary = _rotary(config, lengths[:, None] + jnp.arange(tokens.shape[1]))
   x, layers = _embed(model, tokens), []
   gates = None if gates is None else gates[:, None]
+  in_place = reads_in_place(graphdef, cache)
   for block, window, own in zip(_unstacked(model), config.windows, cache.layers, strict=True):
 
     def attend(q, k, v, own=own, window=window):
       layers.append(kv_cache.extend(own, k, v, lengths, counts, slots))
+      if in_place:
+        return _attend_in_place(q, k, v, layers[-1], lengths, slots, window)
       k, v, *scales = kv_cache.read(layers[-1], attend_len, slots)
       return cached_attention(q, k, v, lengths, *scales, window=window)
 
     x = block(x, rotary[window], attend, gates=gates)
   return model.final_norm(x), KVCache.of(layers)
+
+
+def reads_in_place(graphdef: nnx.GraphDef, cache: KVCache) -> bool:
+  """Whether attention reads each slot's own tokens where they lie in the cache.
+
+  If so `forward_step` takes a whole cache for its prefix, whatever its slots' lengths are.
+  """
+  return _static(graphdef, 'native') and native.reads(cache)
+
+
+def _attend_in_place(q, k, v, layer, lengths, slots, window):
+  """`cached_attention` of new tokens, k and v [B, T, K, H], which the layer holds already."""
+  tail = jnp.moveaxis(k, 1, 3).astype(jnp.bfloat16), jnp.moveaxis(v, 1, 2).astype(jnp.bfloat16)
+  places = lengths[:, None] + jnp.arange(k.shape[1])
+  return native.cache_attention(
+    q, layer[:2], tail, lengths, jnp.int32(0), places, slots, window=window)
 
 
 def forward_step(
@@ -584,7 +603,8 @@ def forward_step(
     lora: the adapter's state.
     frozen: the other parameters.
     tokens: int32 [B], the newest token of each slot; or [B, T], with what may follow it.
-    prefix: of the cache, as it was before the loop; only read.
+    prefix: of the cache, as it was before the loop; only read. The cache itself, as it is kept,
+      where `reads_in_place`.
     tail: the loop's own tokens.
     lengths: int32 [B], tokens in each slot before the loop, at most the prefix's length, and that
       of what follows it.

@@ -314,8 +314,8 @@ def _joins(linears: Sequence[Linear], x: jax.Array) -> bool:
   # On a mesh kernel and factor may be split otherwise.
   one_cpu = platform.name() == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1
   return one_cpu and math.prod(x.shape[:-1]) >= _JOINED_ROWS and all(
-    not linear.transposed and linear.lora is not None and linear.quantization == 'none' and linear.frozen
-    and linear.dtype == 'bfloat16' for linear in linears)
+    linear.lora is not None and linear.quantization == 'none' and not linear.transposed
+    and linear.frozen and linear.dtype == 'bfloat16' for linear in linears)
 
 
 def _joined(

@@ -17,7 +17,7 @@
 
 #include "xla/ffi/api/ffi.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BW__)
+#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 #define HINTSIGHT_TILES 1
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -299,18 +299,21 @@ inline Floats Exp2(Floats x) {
 }
 
 constexpr float kMasked = -1e30f;
-constexpr int64_t kChunk = 512;  // Positions of a task: their keys and values fit into a cache.
+constexpr int64_t kStep = 64;  // Positions whose scores are computed together.
 constexpr int kLine = 32, kSecondCache = 2;  // Numbers of a cache's line; `locality` of a prefetch.
 
-// Scores of kCount rows of q [., H] with keys [H, stride], 2 * kLanes * kWords positions. As many
-// values, from `soon` on, are asked for meanwhile.
+// Scores of kCount rows of q [., H] with keys [H, stride], 2 * kLanes * kWords positions. Meanwhile
+// the same positions' values v and the next ones' keys are asked for.
 template <int kCount, int kWords>
 void Scores(const float* q, const uint16_t* k, int64_t stride, int64_t width, float* scores,
-            int64_t scores_stride, const uint16_t* soon) {
-  constexpr int kStep = kWords * 2 * kLanes;
+            int64_t scores_stride, const uint16_t* v) {
+  constexpr int kOwn = kWords * 2 * kLanes;
   Floats even[kCount][kWords] = {}, odd[kCount][kWords] = {};
-  for (int64_t h = 0; h < width; ++h, k += stride, soon += kStep) {
-    for (int i = 0; i < kStep; i += kLine) __builtin_prefetch(soon + i, 0, kSecondCache);
+  for (int64_t h = 0; h < width; ++h, k += stride, v += kOwn) {
+    for (int i = 0; i < kOwn; i += kLine) {
+      __builtin_prefetch(k + kStep + i, 0, kSecondCache);
+      __builtin_prefetch(v + i, 0, kSecondCache);
+    }
     for (int w = 0; w < kWords; ++w) {
       Words words = LoadWords(k + w * 2 * kLanes);
       Floats low = Low(words), high = High(words);
@@ -329,17 +332,12 @@ void Scores(const float* q, const uint16_t* k, int64_t stride, int64_t width, fl
 }
 
 // Sums of values [count, width], 4 kLanes of them, by weights of kCount rows, in Scores' order;
-// written in the order of `Place`. Keys [H, soon_stride] are asked for meanwhile.
+// written in the order of `Place`.
 template <int kCount>
 void Weighted(const float* weights, int64_t weights_stride, const uint16_t* v, int64_t count,
-              int64_t width, float* out, const uint16_t* soon, int64_t soon_stride) {
+              int64_t width, float* out) {
   Floats sums[kCount][4] = {};
   for (int64_t i = 0; i < count; ++i, v += width) {
-    // Of 512 positions and H rows of 512 numbers, H / 32 lines for each position.
-    const uint16_t* row = soon + i * width / kChunk * soon_stride;
-    int64_t line = i % (kChunk / width) * width;
-    for (int h = 0; h < 4 * kLanes; h += kLine)
-      __builtin_prefetch(row + line + h, 0, kSecondCache);
     int64_t place = Place(i);
     for (int w = 0; w < 2; ++w) {
       Words words = LoadWords(v + w * 2 * kLanes);
@@ -356,7 +354,7 @@ void Weighted(const float* weights, int64_t weights_stride, const uint16_t* v, i
 }
 
 struct Sizes {
-  int64_t slots, tokens, groups, heads, width, room, columns, rows;
+  int64_t batch, tokens, groups, heads, width, room, columns, rows;
 };
 
 // A part of a softmax's sum: of each row the largest score, the weights' sum and the values' sum.
@@ -366,13 +364,164 @@ struct Part {
   float* sums;
 };
 
+// The two products of attention, by vectors: `Vectors` or, below, `Tiles`.
+struct ByVectors {
+  struct Setup {};
+
+  // Where a position's score, or a value's number, lies.
+  static int64_t At(int64_t i) { return Place(i); }
+
+  static void Score(const Sizes& z, const float* q, int64_t i, const uint16_t* k, int64_t k_stride,
+                    const uint16_t* v, float* scores, int64_t stride) {
+    constexpr int kWords = 2;
+    constexpr int64_t kOwn = kWords * 2 * kLanes;
+    for (int64_t end = i + kStep; i < end; i += kOwn, k += kOwn, v += kOwn * z.width)
+      InBlocks<kRows>(z.rows, [&](auto rows, int64_t row) {
+        Scores<rows, kWords>(
+            q + row * z.width, k, k_stride, z.width, scores + row * stride + i, stride, v);
+      });
+  }
+
+  static void Sum(const Sizes& z, const float* weights, int64_t stride, const uint16_t* v,
+                  int64_t count, float* sums) {
+    InBlocks<kRows>(z.rows, [&](auto rows, int64_t row) {
+      for (int64_t h = 0; h < z.width; h += 4 * kLanes)
+        Weighted<rows>(
+            weights + row * stride, stride, v + h, count, z.width, sums + row * z.width + h);
+    });
+  }
+};
+
+#if HINTSIGHT_TILES
+// Queries, and then weights, are A, 16 rows of them; keys and values are B, whose rows, h or
+// positions, have to lie in pairs.
+struct ByTiles {
+  using Setup = Tiles;
+
+  static int64_t At(int64_t i) { return i; }
+
+  // 32 columns of `kDepth` rows: a tile of the first 4 of each 8 columns, and one of the others.
+  static void Pair(const uint16_t* b, int64_t stride, uint16_t* tiles) {
+    for (int64_t i = 0; i < kDepth; i += 2, tiles += 2 * kTile) {
+      __m512i first = _mm512_loadu_si512(b + i * stride);
+      __m512i second = _mm512_loadu_si512(b + (i + 1) * stride);
+      _mm512_store_si512(tiles, _mm512_unpacklo_epi16(first, second));
+      _mm512_store_si512(tiles + kTile * kDepth, _mm512_unpackhi_epi16(first, second));
+    }
+  }
+
+  // Undoes the order of `Pair`'s columns for a row of two tiles' results.
+  static void Join(const float* first, const float* second, float* out) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high =
+        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    __m512 a = _mm512_load_ps(first), b = _mm512_load_ps(second);
+    _mm512_storeu_ps(out, _mm512_permutex2var_ps(a, low, b));
+    _mm512_storeu_ps(out + kTile, _mm512_permutex2var_ps(a, high, b));
+  }
+
+  // x [z.rows, stride] in bfloat16, zeros behind the last row up to a whole tile.
+  static const uint16_t* Operand(const Sizes& z, const float* x, int64_t stride) {
+    int64_t rows = (z.rows + kTile - 1) / kTile * kTile;
+    uint16_t* out = Scratch<uint16_t, 8>(rows * stride);
+    for (int64_t i = 0; i < z.rows * stride; i += 2 * kTile) {
+      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + kTile), _mm512_loadu_ps(x + i));
+      std::memcpy(out + i, &both, sizeof(both));
+    }
+    std::fill(out + z.rows * stride, out + rows * stride, 0);
+    return out;
+  }
+
+  static void Score(const Sizes& z, const float* q, int64_t i, const uint16_t* k, int64_t k_stride,
+                    const uint16_t* v, float* scores, int64_t stride) {
+    const uint16_t* a = Operand(z, q, z.width);
+    uint16_t* pairs = Scratch<uint16_t, 9>(z.width * kDepth);
+    alignas(64) float sums[2][kTile][kTile];
+    for (int64_t part = 0; part < 2; ++part, k += kDepth, i += kDepth) {
+      for (int64_t h = 0; h < z.width; h += kDepth) {
+        for (int64_t row = h; row < h + kDepth; ++row, v += kLine) {
+          __builtin_prefetch(k + row * k_stride + 2 * kDepth, 0, kSecondCache);
+          __builtin_prefetch(v, 0, kSecondCache);
+        }
+        Pair(k + h * k_stride, k_stride, pairs + h * kDepth);
+      }
+      for (int64_t row = 0; row < z.rows; row += kTile) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t h = 0; h < z.width; h += kDepth) {
+          _tile_loadd(4, a + row * z.width + h, 2 * z.width);
+          _tile_loadd(5, pairs + h * kDepth, 64);
+          _tile_loadd(6, pairs + h * kDepth + kTile * kDepth, 64);
+          _tile_dpbf16ps(0, 4, 5);
+          _tile_dpbf16ps(1, 4, 6);
+        }
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        for (int64_t r = 0; r < std::min<int64_t>(kTile, z.rows - row); ++r)
+          Join(sums[0][r], sums[1][r], scores + (row + r) * stride + i);
+      }
+    }
+  }
+
+  static void Sum(const Sizes& z, const float* weights, int64_t stride, const uint16_t* v,
+                  int64_t count, float* sums) {
+    const uint16_t* a = Operand(z, weights, stride);
+    // Pairs of a block of positions; of all of them, where they are needed again.
+    constexpr int64_t kWidth = 2 * kDepth, kPairs = kWidth * kDepth;
+    int64_t next = z.rows > kTile ? kPairs : 0;
+    uint16_t* pairs = Scratch<uint16_t, 9>(kPairs + next * stride / kDepth);
+    alignas(64) float results[4][kTile][kTile];
+    for (int64_t h = 0; h < z.width; h += kWidth)
+      for (int64_t row = 0; row < z.rows; row += kTile) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        uint16_t* own = pairs;
+        for (int64_t i = 0; i < count; i += kDepth, own += next) {
+          if (row == 0) {
+            const uint16_t* values = v + i * z.width + h;
+            int64_t values_stride = z.width;
+            if (i + kDepth > count) {  // What is behind the last position counts as zero.
+              uint16_t* copy = Scratch<uint16_t, 4>(kPairs);
+              std::fill(copy, copy + kPairs, 0);
+              for (int64_t place = i; place < count; ++place)
+                std::memcpy(copy + (place - i) * kWidth, v + place * z.width + h, 2 * kWidth);
+              values = copy, values_stride = kWidth;
+            }
+            Pair(values, values_stride, own);
+            Pair(values + kDepth, values_stride, own + kPairs / 2);
+          }
+          _tile_loadd(4, a + row * stride + i, 2 * stride);
+          _tile_loadd(5, own, 64);
+          _tile_loadd(6, own + kTile * kDepth, 64);
+          _tile_dpbf16ps(0, 4, 5);
+          _tile_dpbf16ps(1, 4, 6);
+          _tile_loadd(5, own + kPairs / 2, 64);
+          _tile_loadd(6, own + kPairs / 2 + kTile * kDepth, 64);
+          _tile_dpbf16ps(2, 4, 5);
+          _tile_dpbf16ps(3, 4, 6);
+        }
+        _tile_stored(0, results[0], 64);
+        _tile_stored(1, results[1], 64);
+        _tile_stored(2, results[2], 64);
+        _tile_stored(3, results[3], 64);
+        for (int64_t r = 0; r < std::min<int64_t>(kTile, z.rows - row); ++r) {
+          float* out = sums + (row + r) * z.width + h;
+          Join(results[0][r], results[1][r], out);
+          Join(results[2][r], results[3][r], out + kDepth);
+        }
+      }
+  }
+};
+#endif
+
 // Attention of queries q [rows, H], in units of log2, over `count` positions of keys [H, k_stride]
-// and values [., H], of which there are `room`. `soon` are the keys that come next.
+// and values [., H], of which there are `room`.
 //   mask(row, scores): makes the scores kMasked of the positions that a row does not see.
-template <typename Mask>
+template <typename By, typename Mask>
 void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride, const uint16_t* v,
-            int64_t count, int64_t room, const uint16_t* soon, const Mask& mask, const Part& part) {
-  constexpr int kWords = 2, kStep = kWords * 2 * kLanes;
+            int64_t count, int64_t room, const Mask& mask, const Part& part) {
   int64_t stride = (count + kStep - 1) / kStep * kStep;
   float* scores = Scratch<float, 3>(z.rows * stride);
   for (int64_t i = 0; i < count; i += kStep) {
@@ -384,16 +533,12 @@ void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride,
         std::memcpy(copy + h * kStep, k + h * k_stride + i, (room - i) * sizeof(uint16_t));
       own = copy, own_stride = kStep;
     }
-    InBlocks<kRows>(z.rows, [&](auto rows, int64_t row) {
-      Scores<rows, kWords>(
-          q + row * z.width, own, own_stride, z.width, scores + row * stride + i, stride,
-          v + i * z.width);
-    });
+    By::Score(z, q, i, own, own_stride, v + i * z.width, scores, stride);
   }
   for (int64_t row = 0; row < z.rows; ++row) {
     float* own = scores + row * stride;
     mask(row, own);
-    for (int64_t i = count; i < stride; ++i) own[Place(i)] = kMasked;
+    for (int64_t i = count; i < stride; ++i) own[By::At(i)] = kMasked;
     Floats peaks = Floats{} + kMasked;
     for (int64_t i = 0; i < stride; i += kLanes) {
       Floats x = Load(own + i);
@@ -413,24 +558,22 @@ void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride,
     part.peak[row] = peak;
     part.total[row] = total;
   }
-  InBlocks<kRows>(z.rows, [&](auto rows, int64_t row) {
-    for (int64_t h = 0; h < z.width; h += 4 * kLanes)
-      Weighted<rows>(scores + row * stride, stride, v + h, count, z.width,
-                     part.sums + row * z.width + h, soon + h, k_stride);
-  });
+  By::Sum(z, scores, stride, v, count, part.sums);
 }
 
-// Queries [B, T, N, H] over what a cache holds, keys [B, K, H, S] and values [B, K, S, H], of which
-// each slot has `lengths`, and over a tail [B, K, H, W] and [B, K, W, H], whose columns stand at
-// `places` [B, W]; the queries' own are the columns from `step` on.
-ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::AnyBuffer k_in,
+// Queries [B, T, N, H] over what the `slots` [B] of a cache hold, keys [., K, H, S] and values
+// [., K, S, H], of which each row sees `lengths`, and over a tail [B, K, H, W] and [B, K, W, H],
+// whose columns stand at `places` [B, W]; the queries' own are the columns from `step` on.
+template <typename By>
+ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::AnyBuffer k_in,
                            ffi::AnyBuffer v_in, ffi::AnyBuffer tail_k_in, ffi::AnyBuffer tail_v_in,
                            ffi::Buffer<ffi::S32> lengths_in, ffi::Buffer<ffi::S32> step_in,
-                           ffi::Buffer<ffi::S32> places_in, ffi::ResultBuffer<ffi::F32> out_in,
+                           ffi::Buffer<ffi::S32> places_in, ffi::Buffer<ffi::S32> slots_in,
+                           ffi::ResultBuffer<ffi::F32> out_in,
                            int64_t window) {
   auto shape = q_in.dimensions();
   Sizes z;
-  z.slots = shape[0], z.tokens = shape[1], z.width = shape[3];
+  z.batch = shape[0], z.tokens = shape[1], z.width = shape[3];
   z.heads = k_in.dimensions()[1], z.room = k_in.dimensions()[3];
   z.groups = shape[2] / z.heads, z.columns = tail_k_in.dimensions()[3];
   z.rows = z.groups * z.tokens;
@@ -440,48 +583,46 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi
   const float* q = q_in.typed_data();
   const int32_t* lengths = lengths_in.typed_data();
   const int32_t* places = places_in.typed_data();
+  const int32_t* slots = slots_in.typed_data();
   const int64_t step = step_in.typed_data()[0];
   float* out = out_in->typed_data();
 
   // A task is a chunk of what a slot has in the cache, for one head; the first one is the tail's,
-  // too. Of each there is a part of the softmax.
+  // too. Of each there is a part of the softmax. Few slots are cut finer, for all threads to help.
   struct Task {
-    int64_t slot, head, chunk, chunks;
+    int64_t row, head, chunk, chunks;
   };
-  std::vector<int64_t> first(z.slots), parts(z.slots);
+  const int64_t chunk = z.batch * z.heads >= 8 * pool.num_threads() ? 2048 : 512;
+  std::vector<int64_t> first(z.batch), parts(z.batch);
   std::vector<Task> tasks;
   int64_t all_parts = 0;
-  for (int64_t b = 0; b < z.slots; ++b) {
+  for (int64_t b = 0; b < z.batch; ++b) {
     int64_t length = std::clamp<int64_t>(lengths[b], 0, z.room);
     if (window) {
       int64_t oldest = places[b * z.columns + step];
       first[b] = std::min(std::max<int64_t>(oldest - window + 1, 0), length) / 64 * 64;
     }
-    int64_t chunks = (length - first[b] + kChunk - 1) / kChunk;
+    int64_t chunks = (length - first[b] + chunk - 1) / chunk;
     parts[b] = all_parts;
     all_parts += (chunks + 1) * z.heads;
     for (int64_t head = 0; head < z.heads; ++head)
-      for (int64_t chunk = 0; chunk < std::max<int64_t>(chunks, 1); ++chunk)
-        tasks.push_back({b, head, chunk, chunks});
+      for (int64_t i = 0; i < std::max<int64_t>(chunks, 1); ++i)
+        tasks.push_back({b, head, i, chunks});
   }
-  std::vector<float> numbers(all_parts * z.rows * (z.width + 2));
-  std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[z.slots * z.heads]);
-  for (const Task& task : tasks) left[task.slot * z.heads + task.head] = task.chunk + 1;
+  float* numbers = Scratch<float, 7>(all_parts * z.rows * (z.width + 2));
+  std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[z.batch * z.heads]);
+  for (const Task& task : tasks) left[task.row * z.heads + task.head] = task.chunk + 1;
   auto part = [&](const Task& task, int64_t index) {
-    int64_t place = parts[task.slot] + task.head * (task.chunks + 1) + index;
-    float* own = numbers.data() + place * z.rows * (z.width + 2);
+    int64_t place = parts[task.row] + task.head * (task.chunks + 1) + index;
+    float* own = numbers + place * z.rows * (z.width + 2);
     return Part{own, own + z.rows, own + 2 * z.rows};
   };
-  auto keys = [&](const Task& task) {
-    return k + (task.slot * z.heads + task.head) * z.width * z.room + first[task.slot] +
-           task.chunk * kChunk;
-  };
   const float scale = 1.44269504f / std::sqrt(float(z.width));
-  const int64_t threads = pool.num_threads();
 
   ForEach(pool, tasks.size(), [&](int64_t index) {
+    [[maybe_unused]] typename By::Setup setup;
     const Task& task = tasks[index];
-    const int64_t b = task.slot, pair = b * z.heads + task.head;
+    const int64_t b = task.row, pair = b * z.heads + task.head;
     const int32_t* own_places = places + b * z.columns;
     // Where row r of the queries, G x T, is in q and out.
     auto at = [&](int64_t row) {
@@ -493,29 +634,28 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi
     for (int64_t row = 0; row < z.rows; ++row)
       for (int64_t h = 0; h < z.width; ++h) own_q[row * z.width + h] = q[at(row) + h] * scale;
     if (task.chunk < task.chunks) {
-      int64_t begin = first[b] + task.chunk * kChunk;
-      int64_t count = std::min<int64_t>(kChunk, std::min<int64_t>(lengths[b], z.room) - begin);
+      int64_t begin = first[b] + task.chunk * chunk;
+      int64_t count = std::min<int64_t>(chunk, std::min<int64_t>(lengths[b], z.room) - begin);
       auto mask = [&](int64_t row, float* scores) {
         if (!window) return;
         int64_t hidden = std::min(place(row) - window + 1 - begin, count);
-        for (int64_t i = 0; i < hidden; ++i) scores[Place(i)] = kMasked;
+        for (int64_t i = 0; i < hidden; ++i) scores[By::At(i)] = kMasked;
       };
-      // The thread's next task, most likely.
-      const Task& next = tasks[std::min<int64_t>(index + threads, tasks.size() - 1)];
-      Attend(z, own_q, keys(task), z.room, v + (pair * z.room + begin) * z.width, count,
-             z.room - begin, keys(next), mask, part(task, task.chunk));
+      int64_t held = (slots[b] * z.heads + task.head) * z.room * z.width;
+      Attend<By>(z, own_q, k + held + begin, z.room, v + held + begin * z.width, count,
+                 z.room - begin, mask, part(task, task.chunk));
     }
     if (task.chunk == 0) {
       auto mask = [&](int64_t row, float* scores) {
         for (int64_t i = 0; i < z.columns; ++i) {
           int64_t there = own_places[i];
           if (there > place(row) || (window && there <= place(row) - window))
-            scores[Place(i)] = kMasked;
+            scores[By::At(i)] = kMasked;
         }
       };
       const uint16_t* own_k = tail_k + pair * z.width * z.columns;
-      Attend(z, own_q, own_k, z.columns, tail_v + pair * z.columns * z.width, z.columns, z.columns,
-             own_k, mask, part(task, task.chunks));
+      Attend<By>(z, own_q, own_k, z.columns, tail_v + pair * z.columns * z.width, z.columns,
+                 z.columns, mask, part(task, task.chunks));
     }
     if (left[pair].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     // The last one adds up the parts.
@@ -530,10 +670,24 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi
         total += factor * one.total[row];
         for (int64_t h = 0; h < z.width; ++h) sums[h] += factor * one.sums[row * z.width + h];
       }
-      for (int64_t h = 0; h < z.width; ++h) out[at(row) + h] = sums[Place(h)] / total;
+      for (int64_t h = 0; h < z.width; ++h) out[at(row) + h] = sums[By::At(h)] / total;
     }
   });
   return ffi::Error::Success();
+}
+
+ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
+                           ffi::AnyBuffer v, ffi::AnyBuffer tail_k, ffi::AnyBuffer tail_v,
+                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> step,
+                           ffi::Buffer<ffi::S32> places, ffi::Buffer<ffi::S32> slots,
+                           ffi::ResultBuffer<ffi::F32> out, int64_t window) {
+  auto attend = AttendCache<ByVectors>;
+#if HINTSIGHT_TILES
+  // A tile has 16 rows, whether they are queries or not.
+  int64_t rows = q.dimensions()[1] * q.dimensions()[2] / k.dimensions()[1];
+  if (rows > kRows && TilesAllowed()) attend = AttendCache<ByTiles>;
+#endif
+  return attend(pool, q, k, v, tail_k, tail_v, lengths, step, places, slots, out, window);
 }
 
 }  // namespace
@@ -548,7 +702,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightProducts, Products,
                                   .RemainingArgs()
                                   .RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightDecodeAttention, DecodeAttention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightCacheAttention, CacheAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
@@ -556,6 +710,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightDecodeAttention, DecodeAttention,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

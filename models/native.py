@@ -13,7 +13,8 @@ import platform as machine
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ _FLAGS = (
   '-std=c++17', '-O3', '-march=native', '-fno-math-errno', '-ffp-contract=fast', '-shared', '-fPIC')
 _TARGETS = {
   'hintsight_products': 'HintsightProducts',
-  'hintsight_decode_attention': 'HintsightDecodeAttention',
+  'hintsight_cache_attention': 'HintsightCacheAttention',
 }
 
 
@@ -50,7 +51,7 @@ def max_rows() -> int:
 
 
 def reads(cache) -> bool:
-  """Whether `decode_attention` can read a `kv_cache.KVCache` where it lies."""
+  """Whether `cache_attention` can read a `kv_cache.KVCache` where it lies."""
   keys = cache.k[0]
   return keys.dtype == jnp.uint16 and keys.shape[2] % HEAD_MULTIPLE == 0 and available()
 
@@ -66,34 +67,43 @@ def products(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
     float32 [rows, out] of each.
   """
   results = [jax.ShapeDtypeStruct((x.shape[0], k.shape[0]), jnp.float32) for k in kernels]
-  return jax.ffi.ffi_call('hintsight_products', results)(x, *kernels)
+  return _call('hintsight_products', results)(x, *kernels)
 
 
-def decode_attention(
+def cache_attention(
   q: jax.Array,
-  prefix: tuple[jax.Array, jax.Array],
+  cache: tuple[jax.Array, jax.Array],
   tail: tuple[jax.Array, jax.Array],
   lengths: jax.Array,
   step: jax.Array,
   places: jax.Array,
-  window: int,
+  slots: jax.Array | None = None,
+  *,
+  window: int = 0,
 ) -> jax.Array:
-  """`attention.decode_attention` over a cache where it lies, of which a slot's own tokens are read.
+  """`attention.decode_attention` over a cache where it lies, of which a row's own tokens are read.
 
-  Queries and weights are float32, and not rounded to the cache's bfloat16.
+  Few queries and their weights are not rounded to the cache's bfloat16.
 
   Args:
     q: float32 [B, T, N, H], of which H is a multiple of HEAD_MULTIPLE.
-    prefix: keys uint16 [B, K, H, S] and values [B, K, S, H], the bits of bfloat16.
+    cache: keys uint16 [., K, H, S] and values [., K, S, H], the bits of bfloat16.
     tail: keys bfloat16 [B, K, H, W] and values [B, K, W, H].
     lengths, step, places, window: as there.
+    slots: int32 [B], of the cache, for each row; None: row b is slot b.
 
   Returns:
     float32 [B, T, N, H].
   """
-  call = jax.ffi.ffi_call(
-    'hintsight_decode_attention', jax.ShapeDtypeStruct(q.shape, jnp.float32))
-  return call(q, *prefix, *tail, lengths, step, places, window=np.int64(window))
+  if slots is None:
+    slots = jnp.arange(q.shape[0], dtype=jnp.int32)
+  call = _call('hintsight_cache_attention', jax.ShapeDtypeStruct(q.shape, jnp.float32))
+  return call(q, *cache, *tail, lengths, step, places, slots, window=np.int64(window))
+
+
+def _call(target: str, results) -> Callable[..., Any]:
+  _library()  # Registers the targets.
+  return jax.ffi.ffi_call(target, results)
 
 
 @functools.cache

@@ -1,0 +1,147 @@
+"""The CPU's own kernels against XLA's products and attention."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference import Engine, LookupConfig
+from models import decoder, native
+from models.attention import decode_attention
+from models.families import DecoderConfig
+from models.kv_cache import KVCache
+
+needs_compiler = pytest.mark.skipif(
+  shutil.which('g++') is None and shutil.which('clang++') is None, reason='no C++ compiler')
+
+CONFIG = DecoderConfig(
+  name='native', family='llama', vocab_size=96, embed_dim=64, num_layers=2, num_heads=6,
+  num_kv_heads=2, head_dim=64, mlp_dim=96, rope_theta=1e4, tie_embeddings=True, dtype='bfloat16')
+
+
+def numbers(rng, *shape, dtype=jnp.float32):
+  return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+@needs_compiler
+@settings(max_examples=30, deadline=None)
+@given(
+  rows=st.integers(1, 70), width=st.sampled_from([32, 96, 576]),
+  outs=st.lists(st.sampled_from([32, 64, 160]), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_products_are_xla_s(rows, width, outs, seed):
+  rng = np.random.default_rng(seed)
+  x = numbers(rng, rows, width)
+  kernels = [numbers(rng, out, width, dtype=jnp.bfloat16) for out in outs]
+  for y, kernel in zip(jax.jit(native.products)(x, kernels), kernels, strict=True):
+    rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
+    want = jnp.matmul(rounded, kernel.astype(jnp.float32).T, precision='highest')
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(
+  data=st.data(), tokens=st.sampled_from([1, 1, 3, 16]), groups=st.integers(1, 7),
+  heads=st.integers(1, 3), width=st.sampled_from([64, 128]), room=st.sampled_from([40, 64, 700]),
+  window=st.sampled_from([0, 0, 5, 90]), seed=st.integers(0, 99))
+def test_attention_is_xla_s_over_what_a_slot_holds(
+    data, tokens, groups, heads, width, room, window, seed):
+  rng = np.random.default_rng(seed)
+  batch, slots, columns = 3, 5, 2 * tokens + 1
+  lengths = np.array([data.draw(st.integers(0, room)) for _ in range(batch)], np.int32)
+  step = np.int32(data.draw(st.integers(0, columns - tokens)))
+  rows = np.array(data.draw(st.permutations(range(slots)))[:batch], np.int32)
+  # What a slot does not hold must not matter: not even where it is not a number.
+  k, v = (np.array(numbers(rng, slots, heads, room, width)) for _ in range(2))
+  for row, length in zip(rows, lengths, strict=True):
+    k[row, :, length:], v[row, :, length:] = np.nan, np.nan
+  bits = lambda x: jnp.asarray(x, jnp.bfloat16).view(jnp.uint16)
+  cache = bits(np.swapaxes(k, 2, 3)), bits(v)
+  tail = (
+    numbers(rng, batch, heads, width, columns, dtype=jnp.bfloat16),
+    numbers(rng, batch, heads, columns, width, dtype=jnp.bfloat16))
+  q = numbers(rng, batch, tokens, heads * groups, width)
+  places = jnp.asarray(lengths[:, None] + np.arange(columns, dtype=np.int32))
+  out = jax.jit(native.cache_attention, static_argnames='window')(
+    q, cache, tail, lengths, step, places, rows, window=window)
+  exact = lambda x: jnp.nan_to_num(
+    x.view(jnp.bfloat16)[rows].astype(jnp.float32), posinf=0.0, neginf=0.0)
+  want = decode_attention(
+    q, tuple(map(exact, cache)), tuple(x.astype(jnp.float32) for x in tail), lengths, step, places,
+    window=window)
+  # Several queries are rounded to bfloat16, as XLA's are.
+  few = tokens * groups <= 2
+  np.testing.assert_allclose(out, want, rtol=0, atol=2e-5 if few else 0.03)
+
+
+def greedy(model, **options):
+  engine = Engine(
+    model, num_slots=3, max_len=90, stop_ids=(), decode_steps=4, block_len=8, **options)
+  rng = np.random.default_rng(0)
+  replies = []
+  for turn in range(2):
+    for slot, count in enumerate((5, 19, 33)):
+      engine.submit(slot, rng.integers(0, CONFIG.vocab_size, count), 9, reset=turn == 0)
+    replies += sorted(engine.run_until_complete(), key=lambda done: done.slot)
+  return engine, replies
+
+
+@needs_compiler
+@pytest.mark.parametrize('options', [{}, {'lookup': LookupConfig(draft_len=2)}])
+@pytest.mark.parametrize('window', [0, 12])
+def test_an_engine_s_log_probabilities_are_those_without_the_kernels(monkeypatch, options, window):
+  config = dataclasses.replace(CONFIG, sliding_window=window)
+  model = decoder.create(config, seed=0)
+  own, replies = greedy(model, **options)
+  assert own._in_place
+  monkeypatch.setattr(native, 'available', lambda: False)
+  plain, wanted = greedy(model, **options)
+  assert not plain._in_place
+  parted = set()
+  for reply, want in zip(replies, wanted, strict=True):
+    if reply.slot in parted:
+      continue
+    same = np.cumprod(reply.tokens == want.tokens).astype(bool)
+    # What parts them is a near tie, which has the same log-probability; what follows differs.
+    compared = same | (np.cumsum(~same) == 1)
+    np.testing.assert_allclose(reply.logprobs[compared], want.logprobs[compared], atol=0.03)
+    if not same.all():
+      parted.add(reply.slot)
+  assert len(parted) < 3
+
+
+@needs_compiler
+def test_a_dispatch_has_one_program_whatever_the_lengths_are():
+  engine, _ = greedy(decoder.create(CONFIG, seed=0))
+  traces = engine.stats.traces
+  for slot, count in enumerate((1, 60, 20)):
+    engine.submit(slot, np.ones(count, np.int32), 20, reset=True)
+  engine.run_until_complete()
+  assert engine._programs.traces['decode'] == 1
+  assert engine._programs.traces['prefix'] == 0
+  assert engine.stats.traces - traces <= 1  # A prefill of another size.
+
+
+@pytest.mark.parametrize('change', [
+  {'dtype': 'float32'}, {'base_quantization': 'int8'}, {'vocab_size': 90}])
+def test_what_the_kernels_cannot_take_stays_with_xla(change):
+  model = decoder.prepare_for_decode(
+    decoder.create(dataclasses.replace(CONFIG, **change), seed=0))
+  cache = KVCache.init(model.config, 1, 8, model.config.dtype)
+  assert not decoder.reads_in_place(model.graphdef, cache)
+
+
+def test_without_a_compiler_one_sentence_says_so(monkeypatch, tmp_path, caplog):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setenv('CXX', str(tmp_path / 'no-compiler'))
+  assert native._library.__wrapped__() is None
+  assert 'no-compiler' in caplog.text and 'slower' in caplog.text
+  monkeypatch.setenv('HINTSIGHT_NATIVE', '0')
+  caplog.clear()
+  assert native._library.__wrapped__() is None
+  assert not caplog.text
