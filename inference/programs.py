@@ -128,7 +128,7 @@ def compiled(spec: Spec) -> Programs:
 
   def absorb_program(cache, new):
     traces['absorb'] += 1
-    return cache.absorb(*new)
+    return cache.absorb(*new, in_place=decoder.reads_in_place(spec.graphdef, cache))
 
   def take_program(cache, slot, *, attend_len):
     traces['take'] += 1
@@ -183,7 +183,8 @@ def _choose(spec: Spec, params, hidden, engine_seed, seed, index, edges=None, no
   key = jax.random.key(engine_seed)
   keys = jax.vmap(lambda seed, index: fold(fold(key, seed), index))
   mask = None if edges is None else trie.allowed(edges, nodes, logits.shape[-1])
-  tokens, logprobs = sample(logits, spec.sampling, keys(seed, index), mask)
+  tokens, logprobs = sample(
+    logits, spec.sampling, keys(seed, index), mask, own=decoder.is_native(spec.graphdef))
   return tokens, logprobs, jnp.isin(tokens, jnp.asarray(spec.stop_ids, jnp.int32))
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from data.errors import UserError
+from models import native
 
 # Width of the blocks of the two-level cumulative sum: near sqrt(V) for V = 49,152 to 152,064.
 _BLOCK = 256
@@ -43,7 +44,12 @@ GREEDY = SamplingConfig()
 
 
 def sample(
-  logits: jax.Array, config: SamplingConfig, keys: jax.Array, allowed: jax.Array | None = None
+  logits: jax.Array,
+  config: SamplingConfig,
+  keys: jax.Array,
+  allowed: jax.Array | None = None,
+  *,
+  own: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token a row.
 
@@ -52,17 +58,24 @@ def sample(
     config: static.
     keys: typed random keys [R], one stream a row, unused by greedy decoding.
     allowed: bool [R, V], tokens to choose from, before top-k and top-p; None is all of them.
+    own: by the CPU's own kernels (`models.native`) as far as they go.
 
   Returns:
     tokens int32 [R] and their log-probabilities float32 [R] under the model's own distribution
     (temperature 1, nothing filtered).
   """
-  peak = jnp.max(logits, axis=-1, keepdims=True)
+  if own:
+    peak, tokens, total = (x[:, None] for x in native.peaks(logits))
+  else:
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True)
   choices, best = logits, peak
   if allowed is not None:
     choices = jnp.where(allowed, logits, -jnp.inf)
     best = jnp.max(choices, axis=-1, keepdims=True)
-  if config.temperature == 0.0:
+  if own and allowed is None and config.temperature == 0.0:
+    tokens = tokens[:, 0]
+  elif config.temperature == 0.0:
     # Not argmax: XLA's CPU backend reduces (value, index) pairs without vectors, 3 ms for 32 rows.
     vocab = logits.shape[-1]
     tokens = jnp.min(jnp.where(choices == best, jnp.arange(vocab), vocab - 1), axis=-1)
@@ -71,7 +84,6 @@ def sample(
     uniform = jax.vmap(lambda key: jax.random.uniform(key, ()))(keys)
     tokens = draw(weights, uniform)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
-  total = jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True)
   return tokens.astype(jnp.int32), (chosen - peak - jnp.log(total))[:, 0]
 
 

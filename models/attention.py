@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from models import flash, native, platform, splash
+from models import flash, platform, splash
 from models.layers import from_bits, rearranged, to_bits, transposed
 
 MASKED = -1e30
@@ -145,7 +145,7 @@ def decode_attention(
   Args:
     q: float32 [B, T, N, H], rotated.
     prefix: keys [B, K, H, S], rotated, and values [B, K, S, H]; of an int8 cache their scales
-      [B, K, S], too. As bits it is a cache where it lies, for `native.cache_attention`.
+      [B, K, S], too.
     tail: keys [B, K, H, W] and values [B, K, W, H], likewise: what came after the prefix.
     lengths: int32 [B], valid positions of the prefix, and of the section behind it.
     step: int32, the first new token's column of the tail.
@@ -164,9 +164,6 @@ def decode_attention(
   batch, width, heads, head_dim = q.shape
   if places is None:
     places = lengths[:, None] + jnp.arange(tail_k.shape[-1])
-  if k.dtype == jnp.uint16:
-    return native.cache_attention(
-      q, (k, v), (tail_k, tail_v), lengths, step, places, window=window)
   own = jax.lax.dynamic_slice_in_dim(places, step, width, axis=1)[:, :, None]
   old = jnp.arange(k.shape[-1]) < lengths[:, None, None]
   new = places[:, None] <= own

@@ -71,14 +71,18 @@ class Attention(nnx.Module):
     Attention divides the scores by the square root of H; what else a family scales them by is done
     to the queries.
     """
+    return self.heads(project((self.q, self.k, self.v), x, adapter_x, gates), rotary)
+
+  def heads(self, projected, rotary):
+    """What `project` does behind the products [B, T, ...]; without `rotary` nothing is rotated."""
     config = self.config
-    split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
-    q, k, v = map(split, project((self.q, self.k, self.v), x, adapter_x, gates))
+    q, k, v = (y.reshape(*y.shape[:-1], -1, config.head_dim) for y in projected)
     if config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    q, k = rotary.rotate(q), rotary.rotate(k)
-    if rotary.query_scale is not None:
-      q *= rotary.query_scale
+    if rotary is not None:
+      q, k = rotary.rotate(q), rotary.rotate(k)
+      if rotary.query_scale is not None:
+        q *= rotary.query_scale
     if config.query_pre_attn_scalar not in (0, config.head_dim):
       q *= (config.head_dim / config.query_pre_attn_scalar) ** 0.5
     return q, k, v
@@ -117,12 +121,15 @@ class Block(nnx.Module):
       self.attn_post_norm = RMSNorm(config.embed_dim, config)
       self.mlp_post_norm = RMSNorm(config.embed_dim, config)
     self.activation, self.post_norms = config.activation, config.post_norms
+    self.fused = transposed and lora is None
 
   def __call__(self, x, rotary, attend, dropout_key=None, *, remat_mlp=False, gates=None):
     """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache.
 
     `gates` [B, 1, R] are those of `layers.project`.
     """
+    if self.fused:
+      return self._fused(x, rotary, attend)
 
     def drop(x, index, dropout_key=dropout_key):
       if dropout_key is None or self.lora is None or not self.lora.dropout:
@@ -153,6 +160,26 @@ class Block(nnx.Module):
     if remat_mlp:
       feed_forward = jax.checkpoint(feed_forward, prevent_cse=False)
     return x + feed_forward(x)
+
+
+  def _fused(self, x, rotary, attend):
+    """The same in four products, which do what comes before and after them (`models.native`)."""
+    attn, mlp = self.attn, self.mlp
+    kernels = lambda *linears: [linear.kernel.get_value() for linear in linears]
+
+    def add(x, linear, y, norm):
+      if self.post_norms:
+        return x + norm(matmul_native(y, kernels(linear))[0])
+      return matmul_native(y, kernels(linear), residual=x)[0]
+
+    linears = attn.q, attn.k, attn.v
+    projected = matmul_native(x, kernels(*linears), norm=self.attn_norm.factors)
+    projected = [linear.biased(y) for linear, y in zip(linears, projected, strict=True)]
+    y = attend(*attn.heads(projected, rotary))
+    x = add(x, attn.o, y.reshape(*y.shape[:-2], -1), self.post_norms and self.attn_post_norm)
+    y, = matmul_native(
+      x, kernels(mlp.gate, mlp.up), norm=self.mlp_norm.factors, activation=self.activation)
+    return add(x, mlp.down, y, self.post_norms and self.mlp_post_norm)
 
 
 class Embed(nnx.Module):
@@ -447,12 +474,17 @@ def logits(graphdef: nnx.GraphDef, frozen: nnx.State, hidden: jax.Array) -> jax.
   """float32 [..., V] of hidden states [..., D]; for a few rows, never for a training batch."""
   params = to_params(frozen)
   config = config_of(graphdef)
-  if _static(graphdef, 'native'):
+  if is_native(graphdef):
     kernel = params['embed.embedding' if config.tie_embeddings else 'head.kernel']
     return matmul_native(hidden, [kernel])[0]
   if not config.tie_embeddings:
     return matmul(hidden, params['head.kernel'], config.dtype, frozen=True)
   return matmul_transposed(hidden, params['embed.embedding'], config.dtype)
+
+
+def is_native(graphdef: nnx.GraphDef) -> bool:
+  """Whether programs of a model call `models.native`."""
+  return _static(graphdef, 'native')
 
 
 def config_of(graphdef: nnx.GraphDef) -> DecoderConfig:
@@ -490,6 +522,8 @@ def prepare_for_decode(model: Model) -> Model:
   if native_too:
     for name in [name for name in slices if name.endswith('.kernel')]:
       slices[name] = _transposed(slices[name])
+    # Rows of it are read as bits, for which a program would copy it.
+    slices['embed.embedding'] = jax.jit(to_bits)(slices['embed.embedding'])
   fill = lambda name, variable: variable.replace(slices[name])
   return dataclasses.replace(
     unrolled, lora=_map_flat(fill, unrolled.lora), frozen=_map_flat(fill, unrolled.frozen)
@@ -572,15 +606,18 @@ def reads_in_place(graphdef: nnx.GraphDef, cache: KVCache) -> bool:
 
   If so `forward_step` takes a whole cache for its prefix, whatever its slots' lengths are.
   """
-  return _static(graphdef, 'native') and native.reads(cache)
+  return is_native(graphdef) and native.reads(cache)
 
 
 def _attend_in_place(q, k, v, layer, lengths, slots, window):
   """`cached_attention` of new tokens, k and v [B, T, K, H], which the layer holds already."""
-  tail = jnp.moveaxis(k, 1, 3).astype(jnp.bfloat16), jnp.moveaxis(v, 1, 2).astype(jnp.bfloat16)
-  places = lengths[:, None] + jnp.arange(k.shape[1])
-  return native.cache_attention(
-    q, layer[:2], tail, lengths, jnp.int32(0), places, slots, window=window)
+  batch, width, heads, head_dim = k.shape
+  places = lengths[:, None] + jnp.arange(width)
+  empty = lambda *shape: jnp.zeros((batch, heads, *shape), jnp.bfloat16)
+  tail = empty(head_dim, width), empty(width, head_dim)
+  out, _ = native.cache_attention(
+    q, k, v, layer[:2], tail, lengths, jnp.int32(0), places, slots, window=window)
+  return out
 
 
 def forward_step(
@@ -631,14 +668,22 @@ def forward_step(
   if longer is not None:
     sections, slots = longer[0].layers, longer[1]
   layered = zip(_unstacked(model), windows, prefix.layers, tail.layers, sections, strict=True)
+  in_place = reads_in_place(graphdef, prefix)
   for block, window, old, new, far in layered:
+    tables = rotary[window]
+    late = in_place and tables.query_scale is None  # Rotated where they are read.
 
-    def attend(q, k, v, old=old, new=new, far=far, window=window):
+    def attend(q, k, v, old=old, new=new, far=far, window=window, tables=tables[:2] * late):
+      if in_place:
+        out, own = native.cache_attention(
+          q, k, v, old[:2], new[:2], lengths, step, places, tables=tables or None, window=window)
+        layers.append(kv_cache.Layer(*own))
+        return out
       layers.append(kv_cache.put(new, k, v, step))
       return decode_attention(
         q, old, layers[-1], lengths, step, places, far, slots, window=window)
 
-    x = block(x, rotary[window], attend, gates=gates)
+    x = block(x, None if late else tables, attend, gates=gates)
   return model.final_norm(x).reshape(*tokens.shape, -1), KVCache.of(layers)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models import native
 from models.layers import from_bits, to_bits
 
 # A position that no slot has: what is written there is dropped, and no query sees it.
@@ -149,8 +150,14 @@ class KVCache:
 
     return self._map(empty)
 
-  def absorb(self, tail: KVCache, places: jax.Array) -> KVCache:
-    """This cache with a tail's columns at `places`, int32 [slots, columns]; those OUTSIDE not."""
+  def absorb(self, tail: KVCache, places: jax.Array, *, in_place: bool = False) -> KVCache:
+    """This cache with a tail's columns at `places`, int32 [slots, columns]; those OUTSIDE not.
+
+    `in_place`: by `models.native`, as `decoder.reads_in_place` says.
+    """
+    if in_place:
+      layers = zip(self.layers, tail.layers, strict=True)
+      return KVCache.of(Layer(*native.absorb(old[:2], new[:2], places)) for old, new in layers)
     token_major = lambda x, axis: jnp.moveaxis(x, axis, 1)
     news = tail._map(token_major).layers
     return KVCache.of(

@@ -174,13 +174,28 @@ def _quantised_matmul_bwd(kind, dtype, residuals, grad):
 quantised_matmul.defvjp(_quantised_matmul_fwd, _quantised_matmul_bwd)
 
 
-def matmul_native(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
-  """`matmul_transposed` in bfloat16 of several kernels, of few rows by `native.products`."""
+def matmul_native(
+  x: jax.Array,
+  kernels: Sequence[jax.Array],
+  *,
+  norm: tuple[jax.Array, float] | None = None,
+  residual: jax.Array | None = None,
+  activation: str = '',
+) -> list[jax.Array]:
+  """`native.products` of x float32 [..., in]; by XLA for more rows than it is made for."""
   rows = math.prod(x.shape[:-1])
-  if rows > native.max_rows():
-    return [matmul_transposed(x, kernel, 'bfloat16') for kernel in kernels]
-  results = native.products(x.reshape(rows, -1), kernels)
-  return [y.reshape(*x.shape[:-1], -1) for y in results]
+  if rows <= native.max_rows():
+    if residual is not None:
+      residual = residual.reshape(rows, -1)
+    results = native.products(
+      x.reshape(rows, -1), kernels, norm=norm, residual=residual, activation=activation)
+    return [y.reshape(*x.shape[:-1], -1) for y in results]
+  if norm is not None:
+    x = _rms_norm(x, *norm)
+  results = [matmul_transposed(x, from_bits(kernel), 'bfloat16') for kernel in kernels]
+  if activation:
+    results = [gated(*results, activation)]
+  return results if residual is None else [residual + y for y in results]
 
 
 def matmul_transposed(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
@@ -488,6 +503,11 @@ class RMSNorm(nnx.Module):
     scale = jnp.zeros((dim,)) if self.offset else jnp.ones((dim,))
     self.scale = nnx.Param(scale, out_sharding=(axis,))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  @property
+  def factors(self) -> tuple[jax.Array, float]:
+    """The scale, float32 [dim], and what is added to the mean of the squares."""
     scale = self.scale.get_value()
-    return _rms_norm(x, 1 + scale if self.offset else scale, self.eps)
+    return 1 + scale if self.offset else scale, self.eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return _rms_norm(x, *self.factors)

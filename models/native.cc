@@ -100,15 +100,38 @@ void ForEach(ffi::ThreadPool& pool, int64_t tasks, const F& run) {
 
 // ---------------------------------------------------------------------------------------- products
 
-// y [rows, n] = x [rows, k] times the transpose of a kernel [n, k].
-struct Product {
-  const uint16_t* kernel;
-  float* y;
-  int64_t n;
-};
-
 constexpr int64_t kPanel = 32;  // Columns of a result that a task computes.
 constexpr int64_t kAhead = 4096;  // Bytes of a kernel that are asked for before they are needed.
+
+// 2^x for x <= 0, to float32's precision; 0 far below.
+inline Floats Exp2(Floats x) {
+  x = x > -126.0f ? x : Floats{} - 126.0f;
+  Ints whole = __builtin_convertvector(x - 0.5f, Ints);  // Truncated: the nearest, as x <= 0.
+  Floats f = x - __builtin_convertvector(whole, Floats);
+  // 2^f on [-1/2, 1/2], by its Taylor polynomial: the error is below 2^-26.
+  Floats y = f * 1.5403530e-4f + 1.3333558e-3f;
+  y = y * f + 9.6181291e-3f;
+  y = y * f + 5.5504109e-2f;
+  y = y * f + 2.4022651e-1f;
+  y = y * f + 6.9314718e-1f;
+  y = y * f + 1.0f;
+  return y * (Floats)((whole + 127) << 23);
+}
+constexpr float kLog2E = 1.44269504f;
+
+inline Floats Sigmoid(Floats x) {
+  Floats small = Exp2((x > 0.0f ? -x : x) * kLog2E);
+  return (x > 0.0f ? Floats{} + 1.0f : small) / (small + 1.0f);
+}
+
+// What a feed-forward multiplies its two products by; kPlain has one product.
+enum Activation : int32_t { kPlain = 0, kSilu = 1, kGeluTanh = 2 };
+
+inline Floats Activated(Floats x, int32_t activation) {
+  if (activation == kSilu) return x * Sigmoid(x);
+  // (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+  return x * Sigmoid((x + x * x * x * 0.044715f) * 1.5957691f);
+}
 
 // Calls f with the number of rows, as a constant, of each block of at most kMost.
 template <int kMost, typename F>
@@ -121,13 +144,36 @@ void InBlocks(int64_t rows, const F& f) {
   }
 }
 
-// kCount rows of x, in the order of `Place`, times four rows of a kernel.
+// What x [rows, k] is before it is multiplied: itself, or its RMS norm with a scale [k].
+struct Input {
+  const float* x;
+  const float* scale;  // nullptr: no norm.
+  float eps;
+  int64_t rows, k;
+
+  // What a row is multiplied by besides the scale.
+  float Factor(int64_t row) const {
+    if (scale == nullptr) return 1;
+    Floats squares = {};
+    for (int64_t i = 0; i < k; i += kLanes) {
+      Floats own = Load(x + row * k + i);
+      squares += own * own;
+    }
+    float sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += squares[lane];
+    return 1 / std::sqrt(sum / k + eps);
+  }
+  Floats At(int64_t row, int64_t i, float factor) const {
+    Floats own = Load(x + row * k + i) * factor;
+    return scale == nullptr ? own : own * Load(scale + i);
+  }
+};
+
+// kCount rows of x, in the order of `Place`, times four rows of a kernel [., k].
 template <int kCount>
-void Dots(const float* x, int64_t k, const Product& p, int64_t row, int64_t column) {
+void Dots(const float* x, int64_t k, const uint16_t* kernel, float* y) {
   constexpr int kColumns = 4;
   Floats sums[kCount][kColumns] = {};
-  const uint16_t* kernel = p.kernel + column * k;
-  x += row * k;
   for (int64_t i = 0; i < k; i += 2 * kLanes) {
     for (int c = 0; c < kColumns; ++c) {
       __builtin_prefetch(reinterpret_cast<const char*>(kernel + c * k + i) + kAhead);
@@ -143,9 +189,35 @@ void Dots(const float* x, int64_t k, const Product& p, int64_t row, int64_t colu
     for (int c = 0; c < kColumns; ++c) {
       float sum = 0;
       for (int lane = 0; lane < kLanes; ++lane) sum += sums[r][c][lane];
-      p.y[(row + r) * p.n + column + c] = sum;
+      y[r * kPanel + c] = sum;
     }
 }
+
+struct VectorProducts {
+  struct Setup {};
+  static constexpr int64_t kBlock = 16;  // Rows that are prepared together.
+  using Number = float;
+
+  // x in float32, rounded to bfloat16, in the order of `Place`: numbers of `Panel`'s first argument.
+  static void Prepare(const Input& in, int64_t block, float* out) {
+    for (int64_t row = block; row < std::min(block + kBlock, in.rows); ++row) {
+      float factor = in.Factor(row);
+      for (int64_t i = 0; i < in.k; i += kLanes) {
+        Floats own = in.At(row, i, factor);
+        for (int lane = 0; lane < kLanes; ++lane)
+          out[row * in.k + Place(i + lane)] = AsFloat(Rounded(own[lane]));
+      }
+    }
+  }
+
+  // y [rows, kPanel] of kPanel rows of a kernel.
+  static void Panel(const float* x, int64_t rows, int64_t k, const uint16_t* kernel, float* y) {
+    for (int64_t column = 0; column < kPanel; column += 4)
+      InBlocks<kRows>(rows, [&](auto count, int64_t row) {
+        Dots<count>(x + row * k, k, kernel + column * k, y + row * kPanel + column);
+      });
+  }
+};
 
 #if HINTSIGHT_TILES
 // Tiles of 16 x 32 bfloat16 (AMX): TDPBF16PS adds A [16, 32] times B [32, 16], whose rows lie in
@@ -173,14 +245,18 @@ class Tiles {  // Configured for as long as it lives.
   ~Tiles() { _tile_release(); }
 };
 
-// x [rows, k] as tiles of B, [rows / 16, k / 32, 16 pairs, 16 rows, 2], zeros behind the last row.
-void Tiled(const float* x, int64_t rows, int64_t k, uint16_t* out) {
-  for (int64_t block = 0; block < rows; block += kTile)
-    for (int64_t i = 0; i < k; i += 2)
-      for (int64_t r = block; r < block + kTile; ++r) {
-        *out++ = r < rows ? Rounded(x[r * k + i]) : 0;
-        *out++ = r < rows ? Rounded(x[r * k + i + 1]) : 0;
-      }
+// 32 numbers of float32 as bfloat16.
+inline void StoreRounded(uint16_t* out, __m512 first, __m512 second) {
+  __m512bh both = _mm512_cvtne2ps_pbh(second, first);
+  std::memcpy(out, &both, sizeof(both));
+}
+
+// out[i] = from[i * stride], 16 words of 32 bits.
+inline __m512i Column(const void* from, int64_t stride) {
+  const __m512i lines = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+      _mm512_set1_epi32(stride));
+  return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, lines, from, 4);
 }
 
 // C tiles 0 to 3: two of a kernel's rows times one or two (kTwo) of x.
@@ -206,13 +282,33 @@ void MultiplyTiles(const uint16_t* kernel, const uint16_t* x, int64_t k) {
   }
 }
 
-void TiledPanel(const uint16_t* x, int64_t rows, int64_t k, const Product& p, int64_t begin) {
-  int64_t end = std::min(begin + kPanel, p.n);
-  alignas(64) float sums[4][kTile][kTile];
-  const __m512i lines = _mm512_setr_epi32(
-      0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-  for (int64_t column = begin; column < end; column += 2 * kTile) {
-    const uint16_t* kernel = p.kernel + column * k;
+struct TileProducts {
+  using Setup = Tiles;
+  static constexpr int64_t kBlock = kTile;
+  using Number = uint16_t;
+
+  // x as tiles of B, [rows / 16, k / 32, 16 pairs, 16 rows, 2], zeros behind the last row.
+  static void Prepare(const Input& in, int64_t block, uint16_t* out) {
+    uint16_t* rows = Scratch<uint16_t, 10>(kTile * in.k);
+    for (int64_t r = 0; r < kTile; ++r) {
+      uint16_t* own = rows + r * in.k;
+      if (block + r >= in.rows) {
+        std::fill(own, own + in.k, 0);
+        continue;
+      }
+      float factor = in.Factor(block + r);
+      for (int64_t i = 0; i < in.k; i += kDepth)
+        StoreRounded(own + i, (__m512)in.At(block + r, i, factor),
+                     (__m512)in.At(block + r, i + kLanes, factor));
+    }
+    out += block * in.k;
+    for (int64_t i = 0; i < in.k; i += 2, out += 2 * kTile)
+      _mm512_store_si512(out, Column(rows + i, in.k / 2));
+  }
+
+  static void Panel(const uint16_t* x, int64_t rows, int64_t k, const uint16_t* kernel, float* y) {
+    static_assert(kPanel == 2 * kTile);
+    alignas(64) float sums[4][kTile][kTile];
     for (int64_t row = 0; row < rows; row += 2 * kTile) {
       bool two = row + kTile < rows;
       (two ? MultiplyTiles<true> : MultiplyTiles<false>)(kernel, x + row * k, k);
@@ -223,80 +319,85 @@ void TiledPanel(const uint16_t* x, int64_t rows, int64_t k, const Product& p, in
         _tile_stored(3, sums[3], 64);
       }
       int64_t count = std::min<int64_t>(2 * kTile, rows - row);
-      for (int64_t r = 0; r < count; ++r) {
-        float* y = p.y + (row + r) * p.n + column;
+      for (int64_t r = 0; r < count; ++r, y += kPanel) {
         const float* own = &sums[r / kTile * 2][0][r % kTile];
-        _mm512_storeu_ps(y, _mm512_i32gather_ps(lines, own, 4));
-        _mm512_storeu_ps(y + kTile, _mm512_i32gather_ps(lines, own + kTile * kTile, 4));
+        _mm512_store_si512(y, Column(own, kTile));
+        _mm512_store_si512(y + kTile, Column(own + kTile * kTile, kTile));
       }
     }
   }
-}
+};
 #else
 bool TilesAllowed() { return false; }
 #endif
 
-ffi::Error Products(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_in, ffi::RemainingArgs kernels,
-                    ffi::RemainingRets results) {
-  int64_t rows = x_in.dimensions()[0], k = x_in.dimensions()[1];
-  const float* x = x_in.typed_data();
-  std::vector<Product> products;
+// y [rows, n] = x [rows, k] times the transpose of a kernel [n, k]; of a gated product, what the
+// activation of that is, times x by a second kernel.
+struct Product {
+  const uint16_t* kernel;
+  const uint16_t* second;
+  float* y;
+  int64_t n;
+};
+
+template <typename By>
+void Multiply(ffi::ThreadPool& pool, const Input& in, const std::vector<Product>& products,
+              const float* residual, int32_t activation) {
+  const int64_t rows = in.rows, k = in.k, blocks = (rows + By::kBlock - 1) / By::kBlock;
+  auto* own = Scratch<typename By::Number, 0>(blocks * By::kBlock * k);
+  ForEach(pool, blocks, [&](int64_t block) { By::Prepare(in, block * By::kBlock, own); });
   std::vector<int64_t> ends;  // Of each product's tasks.
-  for (size_t i = 0; i < kernels.size(); ++i) {
-    auto kernel = kernels.get<ffi::AnyBuffer>(i);
-    auto result = results.get<ffi::AnyBuffer>(i);
-    if (!kernel.has_value() || !result.has_value())
-      return ffi::Error::InvalidArgument("a kernel or a result is not a buffer");
-    int64_t n = kernel->dimensions()[0];
-    products.push_back({static_cast<const uint16_t*>(kernel->untyped_data()),
-                        static_cast<float*>((*result)->untyped_data()), n});
-    ends.push_back((ends.empty() ? 0 : ends.back()) + (n + kPanel - 1) / kPanel);
-  }
-  auto find = [&](int64_t task) {
-    size_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
-    return std::pair(i, (task - (i ? ends[i - 1] : 0)) * kPanel);
-  };
-#if HINTSIGHT_TILES
-  if (TilesAllowed()) {
-    uint16_t* own = Scratch<uint16_t, 0>((rows + kTile - 1) / kTile * kTile * k);
-    Tiled(x, rows, k, own);
-    ForEach(pool, ends.back(), [&](int64_t task) {
-      Tiles tiles;
-      auto [i, begin] = find(task);
-      TiledPanel(own, rows, k, products[i], begin);
-    });
-    return ffi::Error::Success();
-  }
-#endif
-  float* own = Scratch<float, 1>(rows * k);
-  for (int64_t i = 0; i < rows * k; ++i) own[Place(i)] = AsFloat(Rounded(x[i]));
+  for (const Product& p : products)
+    ends.push_back((ends.empty() ? 0 : ends.back()) + p.n / kPanel);
   ForEach(pool, ends.back(), [&](int64_t task) {
-    auto [i, begin] = find(task);
+    [[maybe_unused]] typename By::Setup setup;
+    int64_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
     const Product& p = products[i];
-    for (int64_t column = begin; column < std::min(begin + kPanel, p.n); column += 4)
-      InBlocks<kRows>(rows, [&, &p = p](auto count, int64_t row) {
-        Dots<count>(own, k, p, row, column);
-      });
+    const int64_t begin = (task - (i ? ends[i - 1] : 0)) * kPanel;
+    float* first = Scratch<float, 11>(2 * rows * kPanel);
+    float* second = first + rows * kPanel;
+    By::Panel(own, rows, k, p.kernel + begin * k, first);
+    if (activation != kPlain) By::Panel(own, rows, k, p.second + begin * k, second);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        Floats y = Load(first + row * kPanel + c);
+        if (activation != kPlain)
+          y = Activated(y, activation) * Load(second + row * kPanel + c);
+        int64_t place = row * p.n + begin + c;
+        if (residual != nullptr) y += Load(residual + place);
+        Store(p.y + place, y);
+      }
   });
+}
+
+// Of the kernels, one for each result; or two for one, whose product is gated by an activation. The
+// norm's scale and the residual have no elements where there is none.
+ffi::Error Products(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
+                    ffi::Buffer<ffi::F32> residual, ffi::RemainingArgs kernels,
+                    ffi::RemainingRets results, float eps, int32_t activation) {
+  Input in{x.typed_data(), scale.element_count() ? scale.typed_data() : nullptr, eps,
+           x.dimensions()[0], x.dimensions()[1]};
+  std::vector<Product> products;
+  for (size_t i = 0; i < results.size(); ++i) {
+    auto kernel = kernels.get<ffi::AnyBuffer>(i);
+    auto second = kernels.get<ffi::AnyBuffer>(activation == kPlain ? i : i + 1);
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (!kernel.has_value() || !second.has_value() || !result.has_value())
+      return ffi::Error::InvalidArgument("a kernel or a result is not a buffer");
+    products.push_back({static_cast<const uint16_t*>(kernel->untyped_data()),
+                        static_cast<const uint16_t*>(second->untyped_data()),
+                        static_cast<float*>((*result)->untyped_data()), kernel->dimensions()[0]});
+  }
+  auto multiply = Multiply<VectorProducts>;
+#if HINTSIGHT_TILES
+  if (TilesAllowed()) multiply = Multiply<TileProducts>;
+#endif
+  multiply(pool, in, products, residual.element_count() ? residual.typed_data() : nullptr,
+           activation);
   return ffi::Error::Success();
 }
 
 // --------------------------------------------------------------------------------------- attention
-
-// 2^x for x <= 0, to float32's precision; 0 far below.
-inline Floats Exp2(Floats x) {
-  x = x > -126.0f ? x : Floats{} - 126.0f;
-  Ints whole = __builtin_convertvector(x - 0.5f, Ints);  // Truncated: the nearest, as x <= 0.
-  Floats f = x - __builtin_convertvector(whole, Floats);
-  // 2^f on [-1/2, 1/2], by its Taylor polynomial: the error is below 2^-26.
-  Floats y = f * 1.5403530e-4f + 1.3333558e-3f;
-  y = y * f + 9.6181291e-3f;
-  y = y * f + 5.5504109e-2f;
-  y = y * f + 2.4022651e-1f;
-  y = y * f + 6.9314718e-1f;
-  y = y * f + 1.0f;
-  return y * (Floats)((whole + 127) << 23);
-}
 
 constexpr float kMasked = -1e30f;
 constexpr int64_t kStep = 64;  // Positions whose scores are computed together.
@@ -424,10 +525,8 @@ struct ByTiles {
   static const uint16_t* Operand(const Sizes& z, const float* x, int64_t stride) {
     int64_t rows = (z.rows + kTile - 1) / kTile * kTile;
     uint16_t* out = Scratch<uint16_t, 8>(rows * stride);
-    for (int64_t i = 0; i < z.rows * stride; i += 2 * kTile) {
-      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + kTile), _mm512_loadu_ps(x + i));
-      std::memcpy(out + i, &both, sizeof(both));
-    }
+    for (int64_t i = 0; i < z.rows * stride; i += 2 * kTile)
+      StoreRounded(out + i, _mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + kTile));
     std::fill(out + z.rows * stride, out + rows * stride, 0);
     return out;
   }
@@ -563,36 +662,53 @@ void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride,
 
 // Queries [B, T, N, H] over what the `slots` [B] of a cache hold, keys [., K, H, S] and values
 // [., K, S, H], of which each row sees `lengths`, and over a tail [B, K, H, W] and [B, K, W, H],
-// whose columns stand at `places` [B, W]; the queries' own are the columns from `step` on.
+// whose columns stand at `places` [B, W]. The queries' own keys and values [B, T, K, H] are put into
+// its columns from `step` on. Queries and new keys are rotated by tables [B, T, H / 2], if there are.
+struct Arguments {
+  ffi::ThreadPool pool;
+  ffi::Buffer<ffi::F32> q, new_k, new_v, cos, sin;
+  ffi::AnyBuffer k, v, tail_k, tail_v;
+  ffi::Buffer<ffi::S32> lengths, step, places, slots;
+  ffi::ResultBuffer<ffi::F32> out;
+  int64_t window;
+};
+
+// x [H] times `factor`, rotated.
+inline void Rotate(const float* x, int64_t width, const float* cos, const float* sin, float factor,
+                   float* out) {
+  const int64_t half = width / 2;
+  for (int64_t h = 0; h < half; ++h) {
+    float first = x[h] * factor, second = x[half + h] * factor;
+    out[h] = cos == nullptr ? first : first * cos[h] - second * sin[h];
+    out[half + h] = cos == nullptr ? second : second * cos[h] + first * sin[h];
+  }
+}
+
 template <typename By>
-ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::AnyBuffer k_in,
-                           ffi::AnyBuffer v_in, ffi::AnyBuffer tail_k_in, ffi::AnyBuffer tail_v_in,
-                           ffi::Buffer<ffi::S32> lengths_in, ffi::Buffer<ffi::S32> step_in,
-                           ffi::Buffer<ffi::S32> places_in, ffi::Buffer<ffi::S32> slots_in,
-                           ffi::ResultBuffer<ffi::F32> out_in,
-                           int64_t window) {
-  auto shape = q_in.dimensions();
+void AttendCache(Arguments& in) {
+  auto shape = in.q.dimensions();
   Sizes z;
   z.batch = shape[0], z.tokens = shape[1], z.width = shape[3];
-  z.heads = k_in.dimensions()[1], z.room = k_in.dimensions()[3];
-  z.groups = shape[2] / z.heads, z.columns = tail_k_in.dimensions()[3];
+  z.heads = in.k.dimensions()[1], z.room = in.k.dimensions()[3];
+  z.groups = shape[2] / z.heads, z.columns = in.tail_k.dimensions()[3];
   z.rows = z.groups * z.tokens;
-  auto bits = [](ffi::AnyBuffer& x) { return static_cast<const uint16_t*>(x.untyped_data()); };
-  const uint16_t *k = bits(k_in), *v = bits(v_in);
-  const uint16_t *tail_k = bits(tail_k_in), *tail_v = bits(tail_v_in);
-  const float* q = q_in.typed_data();
-  const int32_t* lengths = lengths_in.typed_data();
-  const int32_t* places = places_in.typed_data();
-  const int32_t* slots = slots_in.typed_data();
-  const int64_t step = step_in.typed_data()[0];
-  float* out = out_in->typed_data();
+  auto bits = [](ffi::AnyBuffer& x) { return static_cast<uint16_t*>(x.untyped_data()); };
+  const uint16_t *k = bits(in.k), *v = bits(in.v);
+  uint16_t *tail_k = bits(in.tail_k), *tail_v = bits(in.tail_v);
+  const float *q = in.q.typed_data(), *new_k = in.new_k.typed_data(), *new_v = in.new_v.typed_data();
+  const float* cos = in.cos.element_count() ? in.cos.typed_data() : nullptr;
+  const float* sin = in.sin.typed_data();
+  const int32_t *lengths = in.lengths.typed_data(), *places = in.places.typed_data();
+  const int32_t* slots = in.slots.typed_data();
+  const int64_t step = in.step.typed_data()[0], window = in.window;
+  float* out = in.out->typed_data();
 
   // A task is a chunk of what a slot has in the cache, for one head; the first one is the tail's,
   // too. Of each there is a part of the softmax. Few slots are cut finer, for all threads to help.
   struct Task {
     int64_t row, head, chunk, chunks;
   };
-  const int64_t chunk = z.batch * z.heads >= 8 * pool.num_threads() ? 2048 : 512;
+  const int64_t chunk = z.batch * z.heads >= 8 * in.pool.num_threads() ? 2048 : 512;
   std::vector<int64_t> first(z.batch), parts(z.batch);
   std::vector<Task> tasks;
   int64_t all_parts = 0;
@@ -617,9 +733,9 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::An
     float* own = numbers + place * z.rows * (z.width + 2);
     return Part{own, own + z.rows, own + 2 * z.rows};
   };
-  const float scale = 1.44269504f / std::sqrt(float(z.width));
+  const float scale = kLog2E / std::sqrt(float(z.width));
 
-  ForEach(pool, tasks.size(), [&](int64_t index) {
+  ForEach(in.pool, tasks.size(), [&](int64_t index) {
     [[maybe_unused]] typename By::Setup setup;
     const Task& task = tasks[index];
     const int64_t b = task.row, pair = b * z.heads + task.head;
@@ -631,8 +747,13 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::An
     };
     auto place = [&](int64_t row) { return int64_t{own_places[step + row % z.tokens]}; };
     float* own_q = Scratch<float, 5>(z.rows * z.width);
+    // The tables of a token.
+    auto table = [&](const float* all, int64_t token) {
+      return cos == nullptr ? nullptr : all + (b * z.tokens + token) * z.width / 2;
+    };
     for (int64_t row = 0; row < z.rows; ++row)
-      for (int64_t h = 0; h < z.width; ++h) own_q[row * z.width + h] = q[at(row) + h] * scale;
+      Rotate(q + at(row), z.width, table(cos, row % z.tokens), table(sin, row % z.tokens), scale,
+             own_q + row * z.width);
     if (task.chunk < task.chunks) {
       int64_t begin = first[b] + task.chunk * chunk;
       int64_t count = std::min<int64_t>(chunk, std::min<int64_t>(lengths[b], z.room) - begin);
@@ -653,9 +774,19 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::An
             scores[By::At(i)] = kMasked;
         }
       };
-      const uint16_t* own_k = tail_k + pair * z.width * z.columns;
-      Attend<By>(z, own_q, own_k, z.columns, tail_v + pair * z.columns * z.width, z.columns,
-                 z.columns, mask, part(task, task.chunks));
+      uint16_t* own_k = tail_k + pair * z.width * z.columns;
+      uint16_t* own_v = tail_v + pair * z.width * z.columns;
+      float* rotated = Scratch<float, 12>(z.width);
+      for (int64_t token = 0; token < z.tokens; ++token) {
+        int64_t from = ((b * z.tokens + token) * z.heads + task.head) * z.width;
+        Rotate(new_k + from, z.width, table(cos, token), table(sin, token), 1, rotated);
+        for (int64_t h = 0; h < z.width; ++h) {
+          own_k[h * z.columns + step + token] = Rounded(rotated[h]);
+          own_v[(step + token) * z.width + h] = Rounded(new_v[from + h]);
+        }
+      }
+      Attend<By>(z, own_q, own_k, z.columns, own_v, z.columns, z.columns, mask,
+                 part(task, task.chunks));
     }
     if (left[pair].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     // The last one adds up the parts.
@@ -673,21 +804,95 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_in, ffi::An
       for (int64_t h = 0; h < z.width; ++h) out[at(row) + h] = sums[By::At(h)] / total;
     }
   });
-  return ffi::Error::Success();
 }
 
-ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
-                           ffi::AnyBuffer v, ffi::AnyBuffer tail_k, ffi::AnyBuffer tail_v,
-                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> step,
-                           ffi::Buffer<ffi::S32> places, ffi::Buffer<ffi::S32> slots,
-                           ffi::ResultBuffer<ffi::F32> out, int64_t window) {
+// The tail's results are its operands.
+ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
+                          ffi::Buffer<ffi::F32> new_k, ffi::Buffer<ffi::F32> new_v,
+                          ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin, ffi::AnyBuffer k,
+                          ffi::AnyBuffer v, ffi::AnyBuffer tail_k, ffi::AnyBuffer tail_v,
+                          ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> step,
+                          ffi::Buffer<ffi::S32> places, ffi::Buffer<ffi::S32> slots,
+                          ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> tail_k_out,
+                          ffi::Result<ffi::AnyBuffer> tail_v_out, int64_t window) {
+  if (tail_k.untyped_data() != tail_k_out->untyped_data() ||
+      tail_v.untyped_data() != tail_v_out->untyped_data())
+    return ffi::Error::Internal("the tail was not donated");
+  Arguments in{pool, q, new_k, new_v, cos, sin, k, v, tail_k, tail_v,
+               lengths, step, places, slots, out, window};
   auto attend = AttendCache<ByVectors>;
 #if HINTSIGHT_TILES
   // A tile has 16 rows, whether they are queries or not.
   int64_t rows = q.dimensions()[1] * q.dimensions()[2] / k.dimensions()[1];
   if (rows > kRows && TilesAllowed()) attend = AttendCache<ByTiles>;
 #endif
-  return attend(pool, q, k, v, tail_k, tail_v, lengths, step, places, slots, out, window);
+  attend(in);
+  return ffi::Error::Success();
+}
+
+// ---------------------------------------------------------------------- a cache's new tokens, logits
+
+// Puts a tail, keys [B, K, H, W] and values [B, K, W, H], at `places` [B, W] of a cache, keys
+// [B, K, H, S] and values [B, K, S, H], which is its result; those outside nowhere.
+ffi::Error Absorb(ffi::ThreadPool pool, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer tail_k,
+                  ffi::AnyBuffer tail_v, ffi::Buffer<ffi::S32> places_in,
+                  ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out) {
+  if (k.untyped_data() != k_out->untyped_data() || v.untyped_data() != v_out->untyped_data())
+    return ffi::Error::Internal("the cache was not donated");
+  auto shape = k.dimensions();
+  const int64_t heads = shape[1], width = shape[2], room = shape[3];
+  const int64_t columns = tail_k.dimensions()[3];
+  auto bits = [](ffi::AnyBuffer& x) { return static_cast<uint16_t*>(x.untyped_data()); };
+  const int32_t* places = places_in.typed_data();
+  ForEach(pool, shape[0], [&](int64_t b) {
+    for (int64_t pair = b * heads; pair < (b + 1) * heads; ++pair) {
+      uint16_t *to_k = bits(k) + pair * width * room, *to_v = bits(v) + pair * width * room;
+      const uint16_t* from_k = bits(tail_k) + pair * width * columns;
+      const uint16_t* from_v = bits(tail_v) + pair * width * columns;
+      for (int64_t i = 0; i < columns; ++i) {
+        const int64_t place = places[b * columns + i];
+        if (place < 0 || place >= room) continue;
+        std::memcpy(to_v + place * width, from_v + i * width, width * sizeof(uint16_t));
+      }
+      for (int64_t h = 0; h < width; ++h)
+        for (int64_t i = 0; i < columns; ++i) {
+          const int64_t place = places[b * columns + i];
+          if (place >= 0 && place < room) to_k[h * room + place] = from_k[h * columns + i];
+        }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// Of each row of logits [R, V]: the largest, the first place that has it, and the sum of exp(x -
+// the largest).
+ffi::Error Peaks(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits,
+                 ffi::ResultBuffer<ffi::F32> peaks, ffi::ResultBuffer<ffi::S32> places,
+                 ffi::ResultBuffer<ffi::F32> totals) {
+  const int64_t vocab = logits.dimensions()[1];
+  ForEach(pool, logits.dimensions()[0], [&](int64_t row) {
+    const float* x = logits.typed_data() + row * vocab;
+    const int64_t whole = vocab / kLanes * kLanes;
+    Floats most = Floats{} - INFINITY;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      Floats own = Load(x + i);
+      most = own > most ? own : most;
+    }
+    float peak = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) peak = std::max(peak, most[lane]);
+    for (int64_t i = whole; i < vocab; ++i) peak = std::max(peak, x[i]);
+    Floats sums = {};
+    for (int64_t i = 0; i < whole; i += kLanes) sums += Exp2((Load(x + i) - peak) * kLog2E);
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+    for (int64_t i = whole; i < vocab; ++i) total += std::exp(x[i] - peak);
+    int64_t place = 0;
+    while (place < vocab - 1 && x[place] != peak) ++place;
+    peaks->typed_data()[row] = peak;
+    places->typed_data()[row] = place;
+    totals->typed_data()[row] = total;
+  });
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -699,12 +904,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightProducts, Products,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
-                                  .RemainingRets());
+                                  .RemainingRets()
+                                  .Attr<float>("eps")
+                                  .Attr<int32_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightCacheAttention, CacheAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
@@ -715,4 +928,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightCacheAttention, CacheAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightAbsorb, Absorb,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightPeaks, Peaks,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -25,6 +25,8 @@ from models import platform
 
 # Of all widths: of a kernel's tiles, and of a vector.
 MULTIPLE, HEAD_MULTIPLE = 32, 64
+# In the order of `native.cc`.
+ACTIVATIONS = ('', 'silu', 'gelu_tanh')
 
 _SOURCE = pathlib.Path(__file__).with_name('native.cc')
 _FLAGS = (
@@ -32,6 +34,8 @@ _FLAGS = (
 _TARGETS = {
   'hintsight_products': 'HintsightProducts',
   'hintsight_cache_attention': 'HintsightCacheAttention',
+  'hintsight_absorb': 'HintsightAbsorb',
+  'hintsight_peaks': 'HintsightPeaks',
 }
 
 
@@ -56,22 +60,43 @@ def reads(cache) -> bool:
   return keys.dtype == jnp.uint16 and keys.shape[2] % HEAD_MULTIPLE == 0 and available()
 
 
-def products(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
-  """x times the transpose of each kernel, all in one call.
+def products(
+  x: jax.Array,
+  kernels: Sequence[jax.Array],
+  *,
+  norm: tuple[jax.Array, float] | None = None,
+  residual: jax.Array | None = None,
+  activation: str = '',
+) -> list[jax.Array]:
+  """x times the transpose of each kernel, all in one call, with what is done before and after it.
 
   Args:
     x: float32 [rows, in], rounded to bfloat16 here; few rows.
     kernels: bfloat16 [out, in], of which both are multiples of MULTIPLE.
+    norm: the RMS norm that x is put through first: a scale, float32 [in], and what is added to the
+      mean of the squares.
+    residual: float32 [rows, out], which is added to each result.
+    activation: one of ACTIVATIONS, of the first of two kernels' products, which multiplies the
+      other: one result. '' is none.
 
   Returns:
     float32 [rows, out] of each.
   """
-  results = [jax.ShapeDtypeStruct((x.shape[0], k.shape[0]), jnp.float32) for k in kernels]
-  return _call('hintsight_products', results)(x, *kernels)
+  empty = jnp.zeros((0,), jnp.float32)
+  scale, eps = (empty, 0.0) if norm is None else norm
+  results = [
+    jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), jnp.float32)
+    for kernel in kernels[:1 if activation else None]]
+  call = _call('hintsight_products', results)
+  return call(
+    x, scale, empty if residual is None else residual, *kernels, eps=np.float32(eps),
+    activation=np.int32(ACTIVATIONS.index(activation)))
 
 
 def cache_attention(
   q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
   cache: tuple[jax.Array, jax.Array],
   tail: tuple[jax.Array, jax.Array],
   lengths: jax.Array,
@@ -79,31 +104,70 @@ def cache_attention(
   places: jax.Array,
   slots: jax.Array | None = None,
   *,
+  tables: tuple[jax.Array, jax.Array] | None = None,
   window: int = 0,
-) -> jax.Array:
-  """`attention.decode_attention` over a cache where it lies, of which a row's own tokens are read.
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """`kv_cache.put` and `attention.decode_attention` over a cache where it lies.
 
-  Few queries and their weights are not rounded to the cache's bfloat16.
+  Of the cache a row's own tokens are read, and no others. Few queries and their weights are not
+  rounded to its bfloat16.
 
   Args:
     q: float32 [B, T, N, H], of which H is a multiple of HEAD_MULTIPLE.
+    k: float32 [B, T, K, H], of the same tokens.
+    v: likewise.
     cache: keys uint16 [., K, H, S] and values [., K, S, H], the bits of bfloat16.
     tail: keys bfloat16 [B, K, H, W] and values [B, K, W, H].
     lengths, step, places, window: as there.
     slots: int32 [B], of the cache, for each row; None: row b is slot b.
+    tables: cosines and sines, float32 [B, T, 1, H / 2], by which queries and keys are rotated here;
+      None: they are rotated.
 
   Returns:
-    float32 [B, T, N, H].
+    float32 [B, T, N, H], and the tail with the tokens' keys and values.
   """
   if slots is None:
     slots = jnp.arange(q.shape[0], dtype=jnp.int32)
-  call = _call('hintsight_cache_attention', jax.ShapeDtypeStruct(q.shape, jnp.float32))
-  return call(q, *cache, *tail, lengths, step, places, slots, window=np.int64(window))
+  if tables is None:
+    tables = (jnp.zeros((0,), jnp.float32),) * 2
+  results = [jax.ShapeDtypeStruct(q.shape, jnp.float32)]
+  results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tail]
+  call = _call('hintsight_cache_attention', results, input_output_aliases={7: 1, 8: 2})
+  out, *tail = call(
+    q, k, v, *tables, *cache, *tail, lengths, step, places, slots, window=np.int64(window))
+  return out, tuple(tail)
 
 
-def _call(target: str, results) -> Callable[..., Any]:
+def absorb(
+  cache: tuple[jax.Array, jax.Array], tail: tuple[jax.Array, jax.Array], places: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """A layer of a cache with a tail's columns at `places`, as `KVCache.absorb` has it.
+
+  Args:
+    cache: as for `cache_attention`, of as many slots as the tail.
+    tail: likewise.
+    places: int32 [B, W].
+  """
+  results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache]
+  call = _call('hintsight_absorb', results, input_output_aliases={0: 0, 1: 1})
+  return tuple(call(*cache, *tail, places))
+
+
+def peaks(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Of rows of logits, float32 [R, V], in one call.
+
+  Returns:
+    float32 [R], the largest; int32 [R], the first place that has it; float32 [R], the sum of
+    exp(logits - the largest).
+  """
+  rows = logits.shape[:1]
+  shapes = [jax.ShapeDtypeStruct(rows, t) for t in (jnp.float32, jnp.int32, jnp.float32)]
+  return tuple(_call('hintsight_peaks', shapes)(logits))
+
+
+def _call(target: str, results, **options) -> Callable[..., Any]:
   _library()  # Registers the targets.
-  return jax.ffi.ffi_call(target, results)
+  return jax.ffi.ffi_call(target, results, **options)
 
 
 @functools.cache
