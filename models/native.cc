@@ -401,7 +401,7 @@ ffi::Error Products(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
 
 constexpr float kMasked = -1e30f;
 constexpr int64_t kStep = 64;  // Positions whose scores are computed together.
-constexpr int kLine = 32, kSecondCache = 2;  // Numbers of a cache's line; `locality` of a prefetch.
+constexpr int kLine = 32;  // Numbers of a line of a cache.
 
 // Scores of kCount rows of q [., H] with keys [H, stride], 2 * kLanes * kWords positions. Meanwhile
 // the same positions' values v and the next ones' keys are asked for.
@@ -412,8 +412,8 @@ void Scores(const float* q, const uint16_t* k, int64_t stride, int64_t width, fl
   Floats even[kCount][kWords] = {}, odd[kCount][kWords] = {};
   for (int64_t h = 0; h < width; ++h, k += stride, v += kOwn) {
     for (int i = 0; i < kOwn; i += kLine) {
-      __builtin_prefetch(k + kStep + i, 0, kSecondCache);
-      __builtin_prefetch(v + i, 0, kSecondCache);
+      __builtin_prefetch(k + kStep + i);
+      __builtin_prefetch(v + i);
     }
     for (int w = 0; w < kWords; ++w) {
       Words words = LoadWords(k + w * 2 * kLanes);
@@ -438,15 +438,19 @@ template <int kCount>
 void Weighted(const float* weights, int64_t weights_stride, const uint16_t* v, int64_t count,
               int64_t width, float* out) {
   Floats sums[kCount][4] = {};
-  for (int64_t i = 0; i < count; ++i, v += width) {
-    int64_t place = Place(i);
-    for (int w = 0; w < 2; ++w) {
-      Words words = LoadWords(v + w * 2 * kLanes);
-      Floats low = Low(words), high = High(words);
-      for (int r = 0; r < kCount; ++r) {
-        float weight = weights[r * weights_stride + place];
-        sums[r][2 * w] += low * weight;
-        sums[r][2 * w + 1] += high * weight;
+  // Positions in pairs: an odd one's weight lies kLanes behind the even one's before it.
+  for (int64_t i = 0; i < count; i += 2 * kLanes, weights += 2 * kLanes) {
+    const int64_t here = std::min<int64_t>(2 * kLanes, count - i);
+    for (int64_t lane = 0; lane < here; ++lane, v += width) {
+      const float* own = weights + lane / 2 + lane % 2 * kLanes;
+      for (int w = 0; w < 2; ++w) {
+        Words words = LoadWords(v + w * 2 * kLanes);
+        Floats low = Low(words), high = High(words);
+        for (int r = 0; r < kCount; ++r) {
+          float weight = own[r * weights_stride];
+          sums[r][2 * w] += low * weight;
+          sums[r][2 * w + 1] += high * weight;
+        }
       }
     }
   }
@@ -539,8 +543,8 @@ struct ByTiles {
     for (int64_t part = 0; part < 2; ++part, k += kDepth, i += kDepth) {
       for (int64_t h = 0; h < z.width; h += kDepth) {
         for (int64_t row = h; row < h + kDepth; ++row, v += kLine) {
-          __builtin_prefetch(k + row * k_stride + 2 * kDepth, 0, kSecondCache);
-          __builtin_prefetch(v, 0, kSecondCache);
+          __builtin_prefetch(k + row * k_stride + 2 * kDepth);
+          __builtin_prefetch(v);
         }
         Pair(k + h * k_stride, k_stride, pairs + h * kDepth);
       }
@@ -768,7 +772,7 @@ void AttendCache(Arguments& in) {
     }
     if (task.chunk == 0) {
       auto mask = [&](int64_t row, float* scores) {
-        for (int64_t i = 0; i < z.columns; ++i) {
+        for (int64_t i = 0; i < step + z.tokens; ++i) {
           int64_t there = own_places[i];
           if (there > place(row) || (window && there <= place(row) - window))
             scores[By::At(i)] = kMasked;
@@ -785,7 +789,7 @@ void AttendCache(Arguments& in) {
           own_v[(step + token) * z.width + h] = Rounded(new_v[from + h]);
         }
       }
-      Attend<By>(z, own_q, own_k, z.columns, own_v, z.columns, z.columns, mask,
+      Attend<By>(z, own_q, own_k, z.columns, own_v, step + z.tokens, z.columns, mask,
                  part(task, task.chunks));
     }
     if (left[pair].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
