@@ -172,10 +172,10 @@ class Engine:
     self._programs = programs.compiled(spec)
     self._caches, self._states = [], []
     # Whole lines of a CPU's cache for each number of a key, where its own kernel reads them.
-    room = -(-max_len // 32) * 32 if decoder.is_native(model.graphdef) else max_len
+    positions = -(-max_len // 32) * 32 if decoder.is_native(model.graphdef) else max_len
     for _ in range(groups):
       cache = KVCache.init(
-        model.config, self._group_size, room, cache_dtype or model.config.dtype)
+        model.config, self._group_size, positions, cache_dtype or model.config.dtype)
       state = programs.SlotState.init(self._group_size, seed & _UINT32)
       if shardings := spec.shardings():
         cache, state = map(jax.device_put, (cache, state), shardings)

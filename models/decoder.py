@@ -671,19 +671,20 @@ def forward_step(
   in_place = reads_in_place(graphdef, prefix)
   for block, window, old, new, far in layered:
     tables = rotary[window]
-    late = in_place and tables.query_scale is None  # Rotated where they are read.
+    # Queries and keys are rotated where they are read, if that is all there is to do to them.
+    late = tables[:2] if in_place and tables.query_scale is None else None
 
-    def attend(q, k, v, old=old, new=new, far=far, window=window, tables=tables[:2] * late):
+    def attend(q, k, v, old=old, new=new, far=far, window=window, late=late):
       if in_place:
         out, own = native.cache_attention(
-          q, k, v, old[:2], new[:2], lengths, step, places, tables=tables or None, window=window)
+          q, k, v, old[:2], new[:2], lengths, step, places, tables=late, window=window)
         layers.append(kv_cache.Layer(*own))
         return out
       layers.append(kv_cache.put(new, k, v, step))
       return decode_attention(
         q, old, layers[-1], lengths, step, places, far, slots, window=window)
 
-    x = block(x, None if late else tables, attend, gates=gates)
+    x = block(x, tables if late is None else None, attend, gates=gates)
   return model.final_norm(x).reshape(*tokens.shape, -1), KVCache.of(layers)
 
 

@@ -46,6 +46,17 @@ inline void Store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 inline Floats Low(Words w) { return (Floats)(w << 16); }
 inline Floats High(Words w) { return (Floats)(w & 0xffff0000u); }
 
+inline float Sum(Floats x) {
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
+  return sum;
+}
+inline float Largest(Floats x) {
+  float largest = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = std::max(largest, x[lane]);
+  return largest;
+}
+
 // Where number i lies once the words' halves are apart: in each 2 kLanes the even before the odd.
 inline int64_t Place(int64_t i) {
   int64_t lane = i % (2 * kLanes);
@@ -159,9 +170,7 @@ struct Input {
       Floats own = Load(x + row * k + i);
       squares += own * own;
     }
-    float sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += squares[lane];
-    return 1 / std::sqrt(sum / k + eps);
+    return 1 / std::sqrt(Sum(squares) / k + eps);
   }
   Floats At(int64_t row, int64_t i, float factor) const {
     Floats own = Load(x + row * k + i) * factor;
@@ -186,11 +195,7 @@ void Dots(const float* x, int64_t k, const uint16_t* kernel, float* y) {
     }
   }
   for (int r = 0; r < kCount; ++r)
-    for (int c = 0; c < kColumns; ++c) {
-      float sum = 0;
-      for (int lane = 0; lane < kLanes; ++lane) sum += sums[r][c][lane];
-      y[r * kPanel + c] = sum;
-    }
+    for (int c = 0; c < kColumns; ++c) y[r * kPanel + c] = Sum(sums[r][c]);
 }
 
 struct VectorProducts {
@@ -469,7 +474,7 @@ struct Part {
   float* sums;
 };
 
-// The two products of attention, by vectors: `Vectors` or, below, `Tiles`.
+// The two products of attention, by vectors and, below, by tiles.
 struct ByVectors {
   struct Setup {};
 
@@ -647,8 +652,7 @@ void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride,
       Floats x = Load(own + i);
       peaks = x > peaks ? x : peaks;
     }
-    float peak = kMasked;
-    for (int lane = 0; lane < kLanes; ++lane) peak = std::max(peak, peaks[lane]);
+    float peak = Largest(peaks);
     Floats totals = {};
     for (int64_t i = 0; i < stride; i += kLanes) {
       Floats x = Load(own + i);
@@ -656,10 +660,8 @@ void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride,
       totals += x;
       Store(own + i, x);
     }
-    float total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += totals[lane];
     part.peak[row] = peak;
-    part.total[row] = total;
+    part.total[row] = Sum(totals);
   }
   By::Sum(z, scores, stride, v, count, part.sums);
 }
@@ -882,13 +884,11 @@ ffi::Error Peaks(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits,
       Floats own = Load(x + i);
       most = own > most ? own : most;
     }
-    float peak = -INFINITY;
-    for (int lane = 0; lane < kLanes; ++lane) peak = std::max(peak, most[lane]);
+    float peak = Largest(most);
     for (int64_t i = whole; i < vocab; ++i) peak = std::max(peak, x[i]);
     Floats sums = {};
     for (int64_t i = 0; i < whole; i += kLanes) sums += Exp2((Load(x + i) - peak) * kLog2E);
-    float total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+    float total = Sum(sums);
     for (int64_t i = whole; i < vocab; ++i) total += std::exp(x[i] - peak);
     int64_t place = 0;
     while (place < vocab - 1 && x[place] != peak) ++place;
