@@ -1,7 +1,8 @@
 """The CPU's own kernels for decoding, `native.cc`, which is compiled when it is first needed.
 
-They replace XLA's products of few rows in bfloat16, and its attention over a cache (`layers`,
-`attention`). Where there is no C++ compiler, or with HINTSIGHT_NATIVE=0, XLA's stay.
+They replace XLA's products in bfloat16, of few rows or, where the CPU has no instructions for
+bfloat16, of any number; and its attention over a cache (`layers`, `attention`). Where there is no
+C++ compiler, or with HINTSIGHT_NATIVE=0, XLA's stay.
 """
 
 import ctypes
@@ -45,13 +46,8 @@ def available() -> bool:
 
 
 def max_rows() -> int:
-  """For how many rows `products` is faster than XLA.
-
-  64 rows of 576 by 1536 take 0.7 of XLA's time with the matrix instructions of the CPU (AMX), 256
-  as long. Without them it multiplies float32 vectors, which is enough as long as memory is what a
-  product waits for.
-  """
-  return 128 if _library().HintsightTiles() else 16
+  """For how many rows `products` is faster than XLA on this CPU."""
+  return _library().HintsightMostRows()
 
 
 def reads(cache) -> bool:
@@ -71,7 +67,7 @@ def products(
   """x times the transpose of each kernel, all in one call, with what is done before and after it.
 
   Args:
-    x: float32 [rows, in], rounded to bfloat16 here; few rows.
+    x: float32 [rows, in], rounded to bfloat16 here.
     kernels: bfloat16 [out, in], of which both are multiples of MULTIPLE.
     norm: the RMS norm that x is put through first: a scale, float32 [in], and what is added to the
       mean of the squares.

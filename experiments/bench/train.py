@@ -7,9 +7,10 @@
 The peer is `transformers` + `peft` in every setting of {float32, bfloat16} x {padded, packed} x
 {eager, torch.compile}; padded is what TRL does by default (to the longest of a batch), packed has a
 block-diagonal mask. Each setting runs in a process of its own; ours runs before and after the
-peer's, so that a machine that slows down shows. A setting has a time limit: on CPUs without
-AVX-512 PyTorch's bfloat16 products take a hundred times as long as its float32 ones. Speed is of
-useful tokens: padding does not count. FLOPs are those that the method needs (forward, input
+peer's, so that a machine that slows down shows. A setting has a time limit, and on a CPU one whose
+products alone would take twice as long as all that another one does is left out, and says so:
+without AVX-512 PyTorch's bfloat16 products take a hundred times as long as its float32 ones. Speed
+is of useful tokens: padding does not count. FLOPs are those that the method needs (forward, input
 gradients, the adapter's gradients, the head on loss tokens, attention within segments), whatever
 was computed again.
 
@@ -42,6 +43,7 @@ from data import workdir as workdir_lib
 
 OUT = pathlib.Path(__file__).parents[1] / 'results' / 'bench_train.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'torch', 'transformers', 'peft', 'numpy')
+_PEER = 'experiments.bench.train_torch'
 _RESAMPLES = 10_000
 LEARNING_RATE = 2e-4  # constant, AdamW, gradients clipped at norm 1
 WARM_STEPS = 2  # before the clock starts, compilation included
@@ -185,6 +187,29 @@ def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
   """Largest relative difference of two loss curves."""
   a, b = np.array(ours), np.array(theirs)
   return float((np.abs(a - b) / np.abs(b)).max())
+
+
+def left_out(
+  rates: Mapping[str, float], dtype: str, flops_per_token: float,
+  peers: Sequence[Mapping[str, Any]],
+) -> dict[str, Any] | None:
+  """{'error'} where products in `dtype` alone would take twice as long as the best of `peers` does.
+
+  Args:
+    rates: FLOP/s of products by dtype; no setting is left out whose dtype is not there.
+    dtype: of a setting.
+    flops_per_token: what a useful token takes.
+    peers: settings that were tried, as `summarise` takes them.
+  """
+  records = [peer['record'] for peer in peers if 'error' not in peer['record']]
+  tried = [rate([record])['tokens_per_s'] for record in records]
+  if dtype not in rates or not tried:
+    return None
+  most = rates[dtype] / flops_per_token
+  if 2 * most > max(tried):
+    return None
+  speed = f'{rates[dtype] / 1e9:.1f} GFLOP/s'
+  return {'error': f'left out, as its products, {speed}, allow {most:.1f} tokens/s'}
 
 
 def summarise(
@@ -358,10 +383,17 @@ def run(values: Mapping[str, Any]) -> dict[str, Any]:
       return record
 
     own, peers, curves = [ours()], [], None
+    rates = {}  # FLOP/s of the peer's products by dtype
+    if values['device'] == 'cpu':
+      for dtype in sorted({setting['dtype'] for setting in settings}):
+        record = run_job(_PEER, {**job, 'kind': 'product_rate', 'dtype': dtype}, folder)
+        if 'error' in record:
+          raise errors.UserError(f'PyTorch multiplies no {dtype}: {record["error"]}')
+        rates[dtype] = record['flops_per_s']
+        print(f'PyTorch, {dtype}: {rates[dtype] / 1e9:.1f} GFLOP/s', flush=True)
     for setting in settings:
-      record = run_job(
-        'experiments.bench.train_torch', {**job, **setting}, folder,
-        limit_s=values['peer_limit_s'])
+      record = left_out(rates, setting['dtype'], own[0]['flops_per_token'], peers) or run_job(
+        _PEER, {**job, **setting}, folder, limit_s=values['peer_limit_s'])
       said = record.get('error') or f'{rate([record])["tokens_per_s"]:.0f} tokens/s'
       print(f'{setting_name(setting)}: {said}', flush=True)
       peers.append({**setting, 'record': record})

@@ -110,6 +110,19 @@ def run(job: dict) -> dict:
           'first_step_s': seconds[0], 'peak_bytes': peak}
 
 
+def product_rate(job: dict) -> dict:
+  """{'flops_per_s'} of the peer's products in the job's dtype on the CPU, the best of a few."""
+  size, seconds = 1024, []
+  x = torch.ones((size, size), dtype=getattr(torch, job['dtype']))
+  for _ in range(4):
+    started = time.perf_counter()
+    torch.matmul(x, x)
+    seconds.append(time.perf_counter() - started)
+  return {'flops_per_s': 2 * size**3 / min(seconds)}
+
+
 def run_file(job: str, out: str) -> None:
   """Runs the job of one JSON file and writes the record to another."""
-  pathlib.Path(out).write_text(json.dumps(run(json.loads(pathlib.Path(job).read_text()))))
+  content = json.loads(pathlib.Path(job).read_text())
+  work = {'run': run, 'product_rate': product_rate}[content.get('kind', 'run')]
+  pathlib.Path(out).write_text(json.dumps(work(content)))

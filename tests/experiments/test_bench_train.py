@@ -95,6 +95,23 @@ def test_the_best_setting_of_the_peer_counts_and_a_failed_one_is_shown():
   assert '2.0e-02' in text
 
 
+def test_a_setting_is_left_out_whose_products_alone_take_twice_what_another_does():
+  tried = [{'record': {'error': 'none'}}, {'record': _record([100], [1.0])}]
+  rates = {'float32': 1e9, 'bfloat16': 49e6}
+  assert 'allow 49.0 tokens/s' in bench.left_out(rates, 'bfloat16', 1e6, tried)['error']
+  assert bench.left_out(rates, 'float32', 1e6, tried) is None
+  assert bench.left_out({'bfloat16': 51e6}, 'bfloat16', 1e6, tried) is None
+  # With nothing to compare with, and on a GPU.
+  assert bench.left_out(rates, 'bfloat16', 1e6, tried[:1]) is None
+  assert bench.left_out({}, 'bfloat16', 1e6, tried) is None
+
+
+def test_the_peer_s_products_are_timed_in_a_process_of_their_own(tmp_path):
+  job = {'kind': 'product_rate', 'dtype': 'float32'}
+  record = bench.run_job('experiments.bench.train_torch', job, tmp_path)
+  assert record['flops_per_s'] > 1e9
+
+
 @pytest.mark.slow
 def test_both_sides_train_alike_on_a_small_model(tmp_path):
   folder = tmp_path / 'model'
