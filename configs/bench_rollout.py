@@ -20,6 +20,7 @@ DEFAULTS = dict(
   model='smollm2_135m',  # a name of models/registry.py, or the path of weights
   base='',  # its weights: '' published, a path, or random (for --parts=decode)
   dtypes='bfloat16,float32',  # that are tried; ours plays freely in the first
+  peer_dtypes='bfloat16,float32',  # that are tried with transformers
   # The episodes, as configs/rollout.py has them.
   episodes=64,  # of the split
   slots=64,  # episodes at a time, the most that is tried
@@ -34,6 +35,7 @@ DEFAULTS = dict(
   max_context=2048,
   decode_steps=8,
   lookups='0,4',  # tokens of a copied draft that are tried; 0 is none
+  reprefill_episodes=0,  # that the peer plays which reads all again each turn; 0: all
   taste_turns=3,  # turns on which the settings of an engine are tried
   # Steady decoding.
   decode_slots='1,8,64',

@@ -9,6 +9,9 @@ machine that slows down shows. `decode` holds steady decoding against its bound,
 bytes / bandwidth and FLOP / product rate at that number of rows, both measured in the run;
 `scaling` replays with more slots and with more context.
 
+On a CPU `transformers` is tried only in dtypes whose products have a tenth of the best one's rate:
+PyTorch's bfloat16 takes a hundred times as long where the CPU has no instructions for it.
+
 Each job runs in a process of its own, and its record is kept in the workdir: the same command again
 goes on with the jobs that are left. llama-cpp-python may lie in another environment
 (--llama_python). configs/bench_rollout.py has the commands, that for a GPU too, and every key.
@@ -110,13 +113,14 @@ def check_peers(peers: Sequence[str], llama_python: str) -> None:
 
 def settings_of(peer: str, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Settings that are tried, by name; of llama.cpp the first one and what is changed of it."""
-  dtypes, slots = values['dtypes'], min(values['slots'], values['episodes'])
+  slots = min(values['slots'], values['episodes'])
   rows = sorted({min(16, slots), slots})
   if peer == 'ours':
     return {f'{dtype}-{n}' + (f'-lookup{draft}' if draft else ''):
               {'dtype': dtype, 'slots': n, 'lookup': draft}
-            for dtype in dtypes for n in sorted({max(1, slots // 2), slots})
+            for dtype in values['dtypes'] for n in sorted({max(1, slots // 2), slots})
             for draft in values['lookups']}
+  dtypes = values['peer_dtypes']
   if peer == 'reprefill':
     return {f'{dtype}-{n}': {'mode': peer, 'dtype': dtype, 'rows': n}
             for dtype in dtypes for n in rows}
@@ -166,6 +170,19 @@ def best_of(bench: _Bench, peer: str, engine: str) -> tuple[str, dict[str, Any],
     raise errors.UserError(f'No setting of {peer} works: {failures[0]}')
   best = max(rates, key=rates.__getitem__)
   return best, settings[best], rates
+
+
+def peer_dtypes(bench: _Bench) -> list[str]:
+  """The dtypes in which PyTorch's products are not ten times as slow as in the best one."""
+  dtypes = bench.values['peer_dtypes']
+  needless = 'transformers' not in bench.values['peer'] or bench.values['device'] != 'cpu'
+  if needless or len(dtypes) == 1:
+    return dtypes
+  path = bench.folder / 'jobs' / 'peer_rates.json'
+  if not path.is_file():
+    workdir_lib.write_json(path, bench_train.peer_rates(dtypes, bench.folder / 'scratch'))
+  rates = json.loads(path.read_text())
+  return [dtype for dtype in dtypes if 10 * rates[dtype] > max(rates.values())]
 
 
 def prepare(bench: _Bench) -> None:
@@ -223,7 +240,9 @@ def predict_minutes(values: Mapping[str, Any], turns: Sequence[Sequence[tuple[in
   if 'play' in values['parts']:
     total += seconds('ours', new) * (6 + 2 * tastes('ours'))
     if 'transformers' in values['peer']:
-      total += seconds('reprefill', again) + seconds('reprefill', new) * tastes('reprefill')
+      share = (values['reprefill_episodes'] or len(turns)) / len(turns)
+      total += share * seconds('reprefill', again)
+      total += seconds('reprefill', new) * tastes('reprefill')
       total += seconds('cached', new) * (1 + tastes('cached'))
     if 'llama_cpp' in values['peer']:
       total += seconds('llama_cpp', new) * (1 + tastes('llama_cpp'))
@@ -264,10 +283,13 @@ def measure_play(bench: _Bench) -> dict[str, Any]:
     module = {'transformers': 'torch', 'llama_cpp': 'llama'}[peer]
     for engine in engines[peer]:
       best, chosen, tastes = best_of(bench, engine, module)
+      if engine == 'reprefill':
+        chosen = {**chosen, 'episodes': values['reprefill_episodes']}
       record = bench.run(f'{engine}.whole', module, {**whole, **chosen})
       peers[engine] = {'setting': best, 'tastes': tastes, 'runs': [record]}
   if values['peer']:
-    ours['runs'].append(bench.run('ours.last', 'jax', {**whole, **setting}))
+    last = f'ours.after.{"+".join(values["peer"])}'
+    ours['runs'].append(bench.run(last, 'jax', {**whole, **setting}))
   compared = {}
   if values['peer']:
     tokens = max((t['tokens'] for t in transcripts), key=len)
@@ -317,8 +339,10 @@ def run(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(f'--parts are some of {", ".join(PARTS)}.')
   if 'scaling' in values['parts'] and 'play' not in values['parts']:
     raise errors.UserError('scaling replays what was played; give --parts=play,scaling.')
-  workdir_lib.open_workdir(folder, dict(values), free_keys=('llama_python',))
+  # The records of one peer serve a run with another one, too.
+  workdir_lib.open_workdir(folder, dict(values), free_keys=('llama_python', 'peer'))
   bench = _Bench(values, folder)
+  values = bench.values = {**values, 'peer_dtypes': peer_dtypes(bench)}
   prepare(bench)
   # Before the episodes are known: as long as they may get.
   guess = [[(150, 24)] + [(24, 24)] * (values['max_env_steps'] - 1)] * values['episodes']
@@ -357,8 +381,8 @@ def values_of(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
       values[name] = [int(n) for n in values[name].split(',')]
     except ValueError as error:
       raise errors.UserError(f'{name}={values[name]} is no list of numbers.') from error
-  values['dtypes'] = values['dtypes'].split(',')
-  values['parts'] = values['parts'].split(',')
+  for name in ('dtypes', 'peer_dtypes', 'parts'):
+    values[name] = values[name].split(',')
   values['peer'] = [peer for peer in values['peer'].split(',') if peer != 'none']
   return values
 

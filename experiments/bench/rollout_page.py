@@ -27,18 +27,18 @@ def split_of_time(record: Mapping[str, Any]) -> dict[str, float]:
   return {part: record.get(f'{part}_s', 0.0) / record['wall_s'] for part in _PARTS}
 
 
-def rates(records: Sequence[Mapping[str, Any]], env_steps: int) -> dict[str, Any]:
+def rates(records: Sequence[Mapping[str, Any]], env_steps: float) -> dict[str, Any]:
   """Of one engine's runs of the same work.
 
   Args:
     records: of its jobs.
-    env_steps: of the episodes, which every engine plays.
+    env_steps: an episode, on average.
   """
   wall = sum(record['wall_s'] for record in records)
   mean = lambda name: sum(record[name] for record in records) / wall
   return {
     'episodes_per_hour': 3600 * mean('episodes'), 'by_run': [per_hour(r) for r in records],
-    'env_steps_per_s': env_steps * len(records) / wall,
+    'episodes': records[0]['episodes'], 'env_steps_per_s': env_steps * mean('episodes'),
     'generated_per_s': mean('generated'), 'prefilled_per_s': mean('prefilled'),
     'generated': records[0]['generated'], 'prefilled': records[0]['prefilled'],
     'copied': records[0].get('copied', 0),
@@ -59,7 +59,7 @@ def summarise_play(
     peers: likewise, by engine.
     compared: `agreement` with ours, by peer.
   """
-  steps = played['env_steps']
+  steps = played['env_steps'] / played['episodes']
   engine = lambda found: {
     'setting': found['setting'], 'tastes': found['tastes'], **rates(found['runs'], steps)}
   record = {
@@ -130,7 +130,8 @@ def _play_lines(play: Mapping[str, Any]) -> list[str]:
   runs = ', '.join(f'{value:,.0f}' for value in ours['by_run'])
   lines.append(f'ours replays at {ours["setting"]}, by run: {runs} episodes/hour')
   lines += [
-    f'{row["ratio"]:.2f} times {_NAMES[name]} ({row["setting"]}); at least {row["goal"]:g} times: '
+    f'{row["ratio"]:.2f} times {_NAMES[name]} ({row["setting"]}, {row["episodes"]} episodes); '
+    f'at least {row["goal"]:g} times: '
     f'{"reached" if row["reached"] else "NOT reached"}' for name, row in play['peers'].items()]
   for name, found in play['agreement'].items():
     gap = 'more than 8 tokens' if found['largest_gap'] is None else (

@@ -129,10 +129,19 @@ def _play_cached(model, group: list[list], clock: _Clock, static: bool) -> None:
     last = [[sampled[int(count) - 1][i]] if count else [] for i, count in enumerate(counts)]
 
 
+def sample(transcripts: list[dict], count: int) -> list[dict]:
+  """`count` transcripts as long as all of them are: evenly spaced, from the shortest on; 0: all."""
+  if not 0 < count < len(transcripts):
+    return transcripts
+  by_length = sorted(transcripts, key=lambda found: len(found['tokens']))
+  return [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
+
+
 @torch.inference_mode()
 def replay(job: dict[str, Any]) -> dict[str, Any]:
-  """Replays transcripts in one setting: {'mode', 'dtype', 'rows', 'cache'}."""
-  transcripts = json.loads(pathlib.Path(job['transcripts']).read_text())
+  """Replays transcripts in one setting: {'mode', 'dtype', 'rows', 'cache', 'episodes'}."""
+  transcripts = sample(
+    json.loads(pathlib.Path(job['transcripts']).read_text()), job.get('episodes', 0))
   episodes = []
   for found in transcripts:
     own, end = [], 0

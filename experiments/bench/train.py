@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -187,6 +187,22 @@ def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
   """Largest relative difference of two loss curves."""
   a, b = np.array(ours), np.array(theirs)
   return float((np.abs(a - b) / np.abs(b)).max())
+
+
+def peer_rates(dtypes: Iterable[str], folder: pathlib.Path) -> dict[str, float]:
+  """FLOP/s of PyTorch's products on the CPU by dtype.
+
+  Raises:
+    errors.UserError: it has no product of a dtype.
+  """
+  rates = {}
+  for dtype in sorted(dtypes):
+    record = run_job(_PEER, {'kind': 'product_rate', 'dtype': dtype}, folder)
+    if 'error' in record:
+      raise errors.UserError(f'PyTorch multiplies no {dtype}: {record["error"]}')
+    rates[dtype] = record['flops_per_s']
+    print(f'PyTorch, {dtype}: {rates[dtype] / 1e9:.1f} GFLOP/s', flush=True)
+  return rates
 
 
 def left_out(
@@ -383,14 +399,9 @@ def run(values: Mapping[str, Any]) -> dict[str, Any]:
       return record
 
     own, peers, curves = [ours()], [], None
-    rates = {}  # FLOP/s of the peer's products by dtype
+    rates = {}
     if values['device'] == 'cpu':
-      for dtype in sorted({setting['dtype'] for setting in settings}):
-        record = run_job(_PEER, {**job, 'kind': 'product_rate', 'dtype': dtype}, folder)
-        if 'error' in record:
-          raise errors.UserError(f'PyTorch multiplies no {dtype}: {record["error"]}')
-        rates[dtype] = record['flops_per_s']
-        print(f'PyTorch, {dtype}: {rates[dtype] / 1e9:.1f} GFLOP/s', flush=True)
+      rates = peer_rates({setting['dtype'] for setting in settings}, folder)
     for setting in settings:
       record = left_out(rates, setting['dtype'], own[0]['flops_per_token'], peers) or run_job(
         _PEER, {**job, **setting}, folder, limit_s=values['peer_limit_s'])

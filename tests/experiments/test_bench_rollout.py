@@ -123,6 +123,14 @@ def test_the_peer_does_the_same_work(folder, file, setting):
   assert 0 < record['prefill_s'] + record['decode_s'] <= record['wall_s']
 
 
+def test_a_sample_of_the_episodes_is_as_long_as_all_of_them():
+  given = [{'tokens': [0] * length} for length in np.random.default_rng(0).permutation(64)]
+  picked = rollout_torch.sample(given, 16)
+  assert len({len(found['tokens']) for found in picked}) == 16
+  assert abs(np.mean([len(found['tokens']) for found in picked]) - 31.5) <= 0.5
+  assert rollout_torch.sample(given, 0) is given and rollout_torch.sample(given, 64) is given
+
+
 def test_a_kept_cache_with_gaps_samples_what_the_model_alone_does(folder):
   net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
   group = [[([7, 8, 9, 10, 11], [0] * 2), ([20, 21], [0] * 5)], [([30], [0] * 4), ([5] * 6, [0])]]
@@ -191,6 +199,7 @@ def test_sums_and_goals():
   assert play['ours']['split']['decode'] == pytest.approx(0.5)
   assert play['peers']['cached']['ratio'] == pytest.approx(2.0)
   assert not play['peers']['cached']['reached'] and play['peers']['reprefill']['reached']
+  assert play['peers']['cached']['env_steps_per_s'] == pytest.approx(2.0)
   text = rollout_page.table({'play': play})
   assert '2.00 times' in text and 'NOT reached' in text and '99.90%' in text
 
@@ -242,6 +251,17 @@ def test_what_helps_llama_alone_is_tried_together(tmp_path, monkeypatch):
   before = len(tried)
   assert bench.best_of(bench._Bench(values(), tmp_path), 'llama_cpp', 'llama')[0] == best
   assert all(name not in seconds for name in tried[before:])
+
+
+def test_a_dtype_in_which_the_peer_s_products_are_hopeless_is_not_tried(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    bench.bench_train, 'peer_rates', lambda dtypes, folder: {'bfloat16': 8e8, 'float32': 1.7e11})
+  run = bench._Bench(values(peer='transformers'), tmp_path)
+  assert bench.peer_dtypes(run) == ['float32']
+  monkeypatch.undo()
+  assert bench.peer_dtypes(run) == ['float32']  # Kept.
+  names = bench.settings_of('cached', {**run.values, 'peer_dtypes': ['float32']})
+  assert names and all(name.startswith('float32-') for name in names)
 
 
 @pytest.mark.parametrize('given, says', [
@@ -299,8 +319,9 @@ def test_a_small_run_and_the_same_again(tmp_path):
     sys.executable, '-m', 'experiments.bench.rollout', f'--workdir={tmp_path / "run"}',
     f'--out={out}', '--peer=transformers',
     f'--config=configs/bench_rollout.py:model={folder},episodes=2,slots=2,max_env_steps=2,'
-    'max_calls=3,max_context=1024,dtypes=float32,scaling_turns=2,lookups=0,decode_slots=1,2,decode_contexts=32,'
-    'decode_tokens=16,scaling_slots=1,2,scaling_contexts=16,context_slots=2']
+    'max_calls=3,max_context=1024,dtypes=float32,peer_dtypes=float32,scaling_turns=2,lookups=0,'
+    'decode_slots=1,2,decode_contexts=32,decode_tokens=16,scaling_slots=1,2,scaling_contexts=16,'
+    'context_slots=2']
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith('about ')
