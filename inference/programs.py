@@ -172,13 +172,15 @@ Longer = tuple[KVCache, jax.Array] | None
 New = tuple[KVCache, jax.Array]
 
 
-def _choose(spec: Spec, params, hidden, engine_seed, seed, index, edges=None, nodes=None):
+def _choose(
+  spec: Spec, params, hidden, counts, engine_seed, seed, index, edges=None, nodes=None
+):
   """Samples from hidden states [R, D] -> tokens int32 [R], logprobs float32 [R], stop bool [R].
 
-  A draw's key is (engine seed, request seed, token index): the same in any batch. Edges [R, E, 3]
-  and nodes [R] restrict it.
+  What `counts` [R] leaves out may be anything. A draw's key is (engine seed, request seed, token
+  index): the same in any batch. Edges [R, E, 3] and nodes [R] restrict it.
   """
-  logits = decoder.logits(spec.graphdef, params[1], hidden)
+  logits = decoder.logits(spec.graphdef, params[1], hidden, counts)
   fold = jax.random.fold_in
   key = jax.random.key(engine_seed)
   keys = jax.vmap(lambda seed, index: fold(fold(key, seed), index))
@@ -236,7 +238,7 @@ def prefill(
   hidden = hidden[rows, jnp.maximum(counts[rows] - 1, 0)]
   own = () if tries is None else (array[slots[rows]] for array in tries)
   tokens, logprobs, stop = _choose(
-    spec, params, hidden, state.engine_seed, seeds, indices, *own
+    spec, params, hidden, there, state.engine_seed, seeds, indices, *own
   )
   remaining = budgets[rows] - 1
   # Rows that end nothing point outside the arrays and are dropped.
@@ -297,10 +299,10 @@ def decode(
     step, tail, state, tokens, logprobs, nodes = carry
     hidden, tail = decoder.forward_step(
       spec.graphdef, *params, state.last, prefix, tail, _read(state, before), step, gates=gates,
-      longer=longer
+      longer=longer, counts=state.active
     )
     new, logprob, stop = _choose(
-      spec, params, hidden, state.engine_seed, state.seed, state.index, edges, nodes
+      spec, params, hidden, state.active, state.engine_seed, state.seed, state.index, edges, nodes
     )
     column = lambda array, value: jax.lax.dynamic_update_slice(
       array, value[:, None], (0, step + 1)
@@ -394,8 +396,10 @@ def verify(
     start, own = step * width, state.lengths[:, None] + ahead
     places = at_columns(places, own, start)
     fed = jnp.concatenate([state.last[:, None], drafts], axis=1)
+    wanted = state.active[:, None] & (ahead <= drafted[:, None])
     hidden, tail = decoder.forward_step(
-      spec.graphdef, *params, fed, prefix, tail, _read(state, before), start, places, gates, longer
+      spec.graphdef, *params, fed, prefix, tail, _read(state, before), start, places, gates, longer,
+      wanted
     )
     seeds = jnp.broadcast_to(state.seed[:, None], fed.shape)
     indices = state.index[:, None] + ahead.astype(jnp.uint32)
@@ -406,8 +410,8 @@ def verify(
       path = jnp.stack(path, axis=1)
       restricted = jnp.repeat(edges, width, axis=0), path.reshape(-1)
     chosen = _choose(
-      spec, params, hidden.reshape(-1, hidden.shape[-1]), state.engine_seed, seeds.reshape(-1),
-      indices.reshape(-1), *restricted
+      spec, params, hidden.reshape(-1, hidden.shape[-1]), wanted.reshape(-1), state.engine_seed,
+      seeds.reshape(-1), indices.reshape(-1), *restricted
     )
     new, logprob, stop = (x.reshape(fed.shape) for x in chosen)
     # Kept: what the draft had right, the choice behind it, and nothing behind a stop token.

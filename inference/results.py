@@ -38,7 +38,8 @@ class Stats:
   """Counts since the engine was made (or told to `forget`).
 
   Every new token of a conversation is either prefilled or copied, once. Seconds of calls that
-  compiled are in `compile_s` only.
+  compiled are in `compile_s` only. What is padding or idle takes no time where a CPU's own kernels
+  multiply (`models.native`).
   """
 
   prefilled: int = 0

@@ -123,13 +123,16 @@ class Block(nnx.Module):
     self.activation, self.post_norms = config.activation, config.post_norms
     self.fused = transposed and lora is None
 
-  def __call__(self, x, rotary, attend, dropout_key=None, *, remat_mlp=False, gates=None):
+  def __call__(
+    self, x, rotary, attend, dropout_key=None, *, remat_mlp=False, gates=None, counts=None
+  ):
     """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache.
 
-    `gates` [B, 1, R] are those of `layers.project`.
+    `gates` [B, 1, R] are those of `layers.project`. What `counts` [B, T] leaves out may be
+    anything.
     """
     if self.fused:
-      return self._fused(x, rotary, attend)
+      return self._fused(x, rotary, attend, counts)
 
     def drop(x, index, dropout_key=dropout_key):
       if dropout_key is None or self.lora is None or not self.lora.dropout:
@@ -161,24 +164,26 @@ class Block(nnx.Module):
       feed_forward = jax.checkpoint(feed_forward, prevent_cse=False)
     return x + feed_forward(x)
 
-
-  def _fused(self, x, rotary, attend):
+  def _fused(self, x, rotary, attend, counts):
     """The same in four products, which do what comes before and after them (`models.native`)."""
     attn, mlp = self.attn, self.mlp
-    kernels = lambda *linears: [linear.kernel.get_value() for linear in linears]
+
+    def products(x, *linears, **options):
+      kernels = [linear.kernel.get_value() for linear in linears]
+      return matmul_native(x, kernels, counts=counts, **options)
 
     def add(x, linear, y, norm):
       if self.post_norms:
-        return x + norm(matmul_native(y, kernels(linear))[0])
-      return matmul_native(y, kernels(linear), residual=x)[0]
+        return x + norm(products(y, linear)[0])
+      return products(y, linear, residual=x)[0]
 
     linears = attn.q, attn.k, attn.v
-    projected = matmul_native(x, kernels(*linears), norm=self.attn_norm.factors)
+    projected = products(x, *linears, norm=self.attn_norm.factors)
     projected = [linear.biased(y) for linear, y in zip(linears, projected, strict=True)]
     y = attend(*attn.heads(projected, rotary))
     x = add(x, attn.o, y.reshape(*y.shape[:-2], -1), self.post_norms and self.attn_post_norm)
-    y, = matmul_native(
-      x, kernels(mlp.gate, mlp.up), norm=self.mlp_norm.factors, activation=self.activation)
+    y, = products(
+      x, mlp.gate, mlp.up, norm=self.mlp_norm.factors, activation=self.activation)
     return add(x, mlp.down, y, self.post_norms and self.mlp_post_norm)
 
 
@@ -470,13 +475,18 @@ def output_kernel(state: nnx.State, config: DecoderConfig) -> jax.Array:
   return params['embed.embedding'] if config.tie_embeddings else params['head.kernel'].T
 
 
-def logits(graphdef: nnx.GraphDef, frozen: nnx.State, hidden: jax.Array) -> jax.Array:
-  """float32 [..., V] of hidden states [..., D]; for a few rows, never for a training batch."""
+def logits(
+  graphdef: nnx.GraphDef, frozen: nnx.State, hidden: jax.Array, counts: jax.Array | None = None
+) -> jax.Array:
+  """float32 [..., V] of hidden states [..., D]; for a few rows, never for a training batch.
+
+  What `counts` [...] leaves out may be anything.
+  """
   params = to_params(frozen)
   config = config_of(graphdef)
   if is_native(graphdef):
     kernel = params['embed.embedding' if config.tie_embeddings else 'head.kernel']
-    return matmul_native(hidden, [kernel])[0]
+    return matmul_native(hidden, [kernel], counts=counts)[0]
   if not config.tie_embeddings:
     return matmul(hidden, params['head.kernel'], config.dtype, frozen=True)
   return matmul_transposed(hidden, params['embed.embedding'], config.dtype)
@@ -588,16 +598,17 @@ def forward_cached(
   x, layers = _embed(model, tokens), []
   gates = None if gates is None else gates[:, None]
   in_place = reads_in_place(graphdef, cache)
+  there = jnp.arange(tokens.shape[1]) < counts[:, None]
   for block, window, own in zip(_unstacked(model), config.windows, cache.layers, strict=True):
 
     def attend(q, k, v, own=own, window=window):
       layers.append(kv_cache.extend(own, k, v, lengths, counts, slots))
       if in_place:
-        return _attend_in_place(q, k, v, layers[-1], lengths, slots, window)
+        return _attend_in_place(q, k, v, layers[-1], lengths, counts > 0, slots, window)
       k, v, *scales = kv_cache.read(layers[-1], attend_len, slots)
       return cached_attention(q, k, v, lengths, *scales, window=window)
 
-    x = block(x, rotary[window], attend, gates=gates)
+    x = block(x, rotary[window], attend, gates=gates, counts=there)
   return model.final_norm(x), KVCache.of(layers)
 
 
@@ -609,14 +620,14 @@ def reads_in_place(graphdef: nnx.GraphDef, cache: KVCache) -> bool:
   return is_native(graphdef) and native.reads(cache)
 
 
-def _attend_in_place(q, k, v, layer, lengths, slots, window):
+def _attend_in_place(q, k, v, layer, lengths, counts, slots, window):
   """`cached_attention` of new tokens, k and v [B, T, K, H], which the layer holds already."""
   batch, width, heads, head_dim = k.shape
   places = lengths[:, None] + jnp.arange(width)
   empty = lambda *shape: jnp.zeros((batch, heads, *shape), jnp.bfloat16)
   tail = empty(head_dim, width), empty(width, head_dim)
   out, _ = native.cache_attention(
-    q, k, v, layer[:2], tail, lengths, jnp.int32(0), places, slots, window=window)
+    q, k, v, layer[:2], tail, lengths, jnp.int32(0), places, slots, counts=counts, window=window)
   return out
 
 
@@ -632,6 +643,7 @@ def forward_step(
   places: jax.Array | None = None,
   gates: jax.Array | None = None,
   longer: tuple[KVCache, jax.Array] | None = None,
+  counts: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
   """One step of a decode loop over all slots, which `KVCache.absorb` ends.
 
@@ -651,6 +663,8 @@ def forward_step(
     gates: float32 [B, R], of each slot, where the adapter is several (`models.adapters`).
     longer: what follows the prefix in some slots, `KVCache.section`, and these slots, int32 [n],
       each once; None where the prefix is all.
+    counts: bool, as `tokens`, those of which the result is wanted; None is all. Where the kernels
+      of `models.native` compute, the others take no time.
 
   Returns:
     float32 [B, D] (or [B, T, D]) after the final norm, and the tail with the tokens' keys and
@@ -667,6 +681,8 @@ def forward_step(
   sections, slots = [()] * len(windows), None
   if longer is not None:
     sections, slots = longer[0].layers, longer[1]
+  if counts is not None:
+    counts = counts.reshape(rows.shape)
   layered = zip(_unstacked(model), windows, prefix.layers, tail.layers, sections, strict=True)
   in_place = reads_in_place(graphdef, prefix)
   for block, window, old, new, far in layered:
@@ -677,14 +693,15 @@ def forward_step(
     def attend(q, k, v, old=old, new=new, far=far, window=window, late=late):
       if in_place:
         out, own = native.cache_attention(
-          q, k, v, old[:2], new[:2], lengths, step, places, tables=late, window=window)
+          q, k, v, old[:2], new[:2], lengths, step, places, tables=late,
+          counts=None if counts is None else counts.any(axis=1), window=window)
         layers.append(kv_cache.Layer(*own))
         return out
       layers.append(kv_cache.put(new, k, v, step))
       return decode_attention(
         q, old, layers[-1], lengths, step, places, far, slots, window=window)
 
-    x = block(x, tables if late is None else None, attend, gates=gates)
+    x = block(x, tables if late is None else None, attend, gates=gates, counts=counts)
   return model.final_norm(x).reshape(*tokens.shape, -1), KVCache.of(layers)
 
 

@@ -181,14 +181,21 @@ def matmul_native(
   norm: tuple[jax.Array, float] | None = None,
   residual: jax.Array | None = None,
   activation: str = '',
+  counts: jax.Array | None = None,
 ) -> list[jax.Array]:
-  """`native.products` of x float32 [..., in]; by XLA for more rows than it is made for."""
+  """`native.products` of x float32 [..., in]; by XLA for more rows than it is made for.
+
+  What `counts` [...] leaves out may be anything.
+  """
   rows = math.prod(x.shape[:-1])
   if rows <= native.max_rows():
     if residual is not None:
       residual = residual.reshape(rows, -1)
+    if counts is not None:
+      counts = counts.reshape(rows)
     results = native.products(
-      x.reshape(rows, -1), kernels, norm=norm, residual=residual, activation=activation)
+      x.reshape(rows, -1), kernels, norm=norm, residual=residual, activation=activation,
+      counts=counts)
     return [y.reshape(*x.shape[:-1], -1) for y in results]
   if norm is not None:
     x = _rms_norm(x, *norm)

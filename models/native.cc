@@ -175,25 +175,29 @@ void InBlocks(int64_t rows, const F& f) {
   }
 }
 
-// What x [rows, k] is before it is multiplied: itself, or its RMS norm with a scale [k].
+// What x [., k] is before it is multiplied: itself, or its RMS norm with a scale [k]; of the rows
+// that count.
 struct Input {
   const float* x;
   const float* scale;  // nullptr: no norm.
   float eps;
-  int64_t rows, k;
+  int64_t k;
+  std::vector<int64_t> counted, others;  // Where they are in x.
+
+  int64_t rows() const { return counted.size(); }
 
   // What a row is multiplied by besides the scale.
   float Factor(int64_t row) const {
     if (scale == nullptr) return 1;
     Floats squares = {};
     for (int64_t i = 0; i < k; i += kLanes) {
-      Floats own = Load(x + row * k + i);
+      Floats own = Load(x + counted[row] * k + i);
       squares += own * own;
     }
     return 1 / std::sqrt(Sum(squares) / k + eps);
   }
   Floats At(int64_t row, int64_t i, float factor) const {
-    Floats own = Load(x + row * k + i) * factor;
+    Floats own = Load(x + counted[row] * k + i) * factor;
     return scale == nullptr ? own : own * Load(scale + i);
   }
 };
@@ -254,7 +258,7 @@ struct VectorProducts {
 
   // x in float32, rounded to bfloat16, in the order of `Place`: numbers of `Panel`'s first argument.
   static void Prepare(const Input& in, int64_t block, float* out) {
-    for (int64_t row = block; row < std::min(block + kBlock, in.rows); ++row) {
+    for (int64_t row = block; row < std::min(block + kBlock, in.rows()); ++row) {
       float factor = in.Factor(row);
       for (int64_t i = 0; i < in.k; i += kLanes) {
         Floats own = in.At(row, i, factor);
@@ -365,7 +369,7 @@ struct TileProducts {
     uint16_t* rows = Scratch<uint16_t, 10>(kTile * in.k);
     for (int64_t r = 0; r < kTile; ++r) {
       uint16_t* own = rows + r * in.k;
-      if (block + r >= in.rows) {
+      if (block + r >= in.rows()) {
         std::fill(own, own + in.k, 0);
         continue;
       }
@@ -416,7 +420,7 @@ struct Product {
 template <typename By>
 void Multiply(ffi::ThreadPool& pool, const Input& in, const std::vector<Product>& products,
               const float* residual, int32_t activation) {
-  const int64_t rows = in.rows, k = in.k, blocks = (rows + By::kBlock - 1) / By::kBlock;
+  const int64_t rows = in.rows(), k = in.k, blocks = (rows + By::kBlock - 1) / By::kBlock;
   auto* own = Scratch<typename By::Number, 0>(blocks * By::kBlock * k);
   ForEach(pool, blocks, [&](int64_t block) { By::Prepare(in, block * By::kBlock, own); });
   std::vector<int64_t> ends;  // Of each product's tasks.
@@ -431,25 +435,36 @@ void Multiply(ffi::ThreadPool& pool, const Input& in, const std::vector<Product>
     float* second = first + rows * kPanel;
     By::Panel(own, rows, k, p.kernel + begin * k, first);
     if (activation != kPlain) By::Panel(own, rows, k, p.second + begin * k, second);
+    auto finish = [&](int64_t row, int64_t c, Floats y) {
+      int64_t place = row * p.n + begin + c;
+      if (residual != nullptr) y += Load(residual + place);
+      Store(p.y + place, y);
+    };
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t c = 0; c < kPanel; c += kLanes) {
         Floats y = Load(first + row * kPanel + c);
         if (activation != kPlain)
           y = Activated(y, activation) * Load(second + row * kPanel + c);
-        int64_t place = row * p.n + begin + c;
-        if (residual != nullptr) y += Load(residual + place);
-        Store(p.y + place, y);
+        finish(in.counted[row], c, y);
       }
+    for (int64_t row : in.others)
+      for (int64_t c = 0; c < kPanel; c += kLanes) finish(row, c, Floats{});
   });
 }
 
 // Of the kernels, one for each result; or two for one, whose product is gated by an activation. The
-// norm's scale and the residual have no elements where there is none.
+// norm's scale and the residual have no elements where there is none, nor has `counts` where all
+// rows count; of one that does not the product is zero.
 ffi::Error Products(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
-                    ffi::Buffer<ffi::F32> residual, ffi::RemainingArgs kernels,
-                    ffi::RemainingRets results, float eps, int32_t activation) {
+                    ffi::Buffer<ffi::F32> residual, ffi::Buffer<ffi::PRED> counts,
+                    ffi::RemainingArgs kernels, ffi::RemainingRets results, float eps,
+                    int32_t activation) {
   Input in{x.typed_data(), scale.element_count() ? scale.typed_data() : nullptr, eps,
-           x.dimensions()[0], x.dimensions()[1]};
+           x.dimensions()[1], {}, {}};
+  for (int64_t row = 0; row < x.dimensions()[0]; ++row) {
+    bool counted = counts.element_count() == 0 || counts.typed_data()[row];
+    (counted ? in.counted : in.others).push_back(row);
+  }
   std::vector<Product> products;
   for (size_t i = 0; i < results.size(); ++i) {
     auto kernel = kernels.get<ffi::AnyBuffer>(i);
@@ -737,11 +752,14 @@ void Attend(const Sizes& z, const float* q, const uint16_t* k, int64_t k_stride,
 // [., K, S, H], of which each row sees `lengths`, and over a tail [B, K, H, W] and [B, K, W, H],
 // whose columns stand at `places` [B, W]. The queries' own keys and values [B, T, K, H] are put into
 // its columns from `step` on. Queries and new keys are rotated by tables [B, T, H / 2], if there are.
+// Of a row that does not count, by `counts` [B] if that has elements, the result is zero, and its
+// tail stays as it is.
 struct Arguments {
   ffi::ThreadPool pool;
   ffi::Buffer<ffi::F32> q, new_k, new_v, cos, sin;
   ffi::AnyBuffer k, v, tail_k, tail_v;
   ffi::Buffer<ffi::S32> lengths, step, places, slots;
+  ffi::Buffer<ffi::PRED> counts;
   ffi::ResultBuffer<ffi::F32> out;
   int64_t window;
 };
@@ -786,6 +804,11 @@ void AttendCache(Arguments& in) {
   std::vector<Task> tasks;
   int64_t all_parts = 0;
   for (int64_t b = 0; b < z.batch; ++b) {
+    if (in.counts.element_count() && !in.counts.typed_data()[b]) {
+      const int64_t size = z.tokens * shape[2] * z.width;
+      std::fill(out + b * size, out + (b + 1) * size, 0.0f);
+      continue;
+    }
     int64_t length = std::clamp<int64_t>(lengths[b], 0, z.room);
     if (window) {
       int64_t oldest = places[b * z.columns + step];
@@ -886,13 +909,14 @@ ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
                           ffi::AnyBuffer v, ffi::AnyBuffer tail_k, ffi::AnyBuffer tail_v,
                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> step,
                           ffi::Buffer<ffi::S32> places, ffi::Buffer<ffi::S32> slots,
-                          ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> tail_k_out,
+                          ffi::Buffer<ffi::PRED> counts, ffi::ResultBuffer<ffi::F32> out,
+                          ffi::Result<ffi::AnyBuffer> tail_k_out,
                           ffi::Result<ffi::AnyBuffer> tail_v_out, int64_t window) {
   if (tail_k.untyped_data() != tail_k_out->untyped_data() ||
       tail_v.untyped_data() != tail_v_out->untyped_data())
     return ffi::Error::Internal("the tail was not donated");
   Arguments in{pool, q, new_k, new_v, cos, sin, k, v, tail_k, tail_v,
-               lengths, step, places, slots, out, window};
+               lengths, step, places, slots, counts, out, window};
   auto attend = AttendCache<ByVectors>;
 #if HINTSIGHT_TILES
   // A tile has 16 rows, whether they are queries or not.
@@ -986,6 +1010,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightProducts, Products,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<float>("eps")
@@ -1007,6 +1032,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HintsightCacheAttention, CacheAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()

@@ -63,6 +63,7 @@ def products(
   norm: tuple[jax.Array, float] | None = None,
   residual: jax.Array | None = None,
   activation: str = '',
+  counts: jax.Array | None = None,
 ) -> list[jax.Array]:
   """x times the transpose of each kernel, all in one call, with what is done before and after it.
 
@@ -74,6 +75,8 @@ def products(
     residual: float32 [rows, out], which is added to each result.
     activation: one of ACTIVATIONS, of the first of two kernels' products, which multiplies the
       other: one result. '' is none.
+    counts: bool [rows], those to compute; None is all. Of the others the product is zero, and takes
+      no time: which rows count is not compiled.
 
   Returns:
     float32 [rows, out] of each.
@@ -85,8 +88,12 @@ def products(
     for kernel in kernels[:1 if activation else None]]
   call = _call('hintsight_products', results)
   return call(
-    x, scale, empty if residual is None else residual, *kernels, eps=np.float32(eps),
-    activation=np.int32(ACTIVATIONS.index(activation)))
+    x, scale, empty if residual is None else residual, _counted(counts), *kernels,
+    eps=np.float32(eps), activation=np.int32(ACTIVATIONS.index(activation)))
+
+
+def _counted(counts: jax.Array | None) -> jax.Array:
+  return jnp.zeros((0,), bool) if counts is None else counts
 
 
 def cache_attention(
@@ -101,6 +108,7 @@ def cache_attention(
   slots: jax.Array | None = None,
   *,
   tables: tuple[jax.Array, jax.Array] | None = None,
+  counts: jax.Array | None = None,
   window: int = 0,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """`kv_cache.put` and `attention.decode_attention` over a cache where it lies.
@@ -118,6 +126,8 @@ def cache_attention(
     slots: int32 [B], of the cache, for each row; None: row b is slot b.
     tables: cosines and sines, float32 [B, T, 1, H / 2], by which queries and keys are rotated here;
       None: they are rotated.
+    counts: bool [B], rows to compute; None is all. Of the others the result is zero, and the tail
+      stays as it is.
 
   Returns:
     float32 [B, T, N, H], and the tail with the tokens' keys and values.
@@ -130,7 +140,8 @@ def cache_attention(
   results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tail]
   call = _call('hintsight_cache_attention', results, input_output_aliases={7: 1, 8: 2})
   out, *tail = call(
-    q, k, v, *tables, *cache, *tail, lengths, step, places, slots, window=np.int64(window))
+    q, k, v, *tables, *cache, *tail, lengths, step, places, slots, _counted(counts),
+    window=np.int64(window))
   return out, tuple(tail)
 
 

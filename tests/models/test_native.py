@@ -32,8 +32,9 @@ def numbers(rng, *shape, dtype=jnp.float32):
 @given(
   rows=st.integers(1, 70), width=st.sampled_from([32, 96, 576]),
   outs=st.lists(st.sampled_from([32, 64, 160]), min_size=1, max_size=3), norm=st.booleans(),
-  residual=st.booleans(), activation=st.sampled_from(native.ACTIVATIONS), seed=st.integers(0, 99))
-def test_products_are_xla_s(rows, width, outs, norm, residual, activation, seed):
+  residual=st.booleans(), activation=st.sampled_from(native.ACTIVATIONS),
+  share=st.sampled_from([None, 0.0, 0.3, 0.9]), seed=st.integers(0, 99))
+def test_products_are_xla_s(rows, width, outs, norm, residual, activation, share, seed):
   rng = np.random.default_rng(seed)
   if activation or residual:
     outs = outs[:1] * (2 if activation else 1)
@@ -42,18 +43,22 @@ def test_products_are_xla_s(rows, width, outs, norm, residual, activation, seed)
   options = {
     'norm': (numbers(rng, width), 1e-5) if norm else None,
     'residual': numbers(rng, rows, outs[0]) if residual else None}
-  own = jax.jit(lambda: native.products(x, kernels, activation=activation, **options))()
+  counts = None if share is None else jnp.asarray(rng.random(rows) < share)
+  own = jax.jit(
+    lambda: native.products(x, kernels, activation=activation, counts=counts, **options))()
   if norm:
     x = layers._rms_norm(x, *options['norm'])
   x = x.astype(jnp.bfloat16).astype(jnp.float32)
   wanted = [jnp.matmul(x, k.astype(jnp.float32).T, precision='highest') for k in kernels]
   if activation:
     wanted = [layers.gated(*wanted, activation)]
+  if counts is not None:
+    wanted = [jnp.where(counts[:, None], y, 0.0) for y in wanted]
   if residual:
     wanted = [y + options['residual'] for y in wanted]
   for y, want in zip(own, wanted, strict=True):
     # A norm whose last bit differs rounds a few numbers of x to the other side.
-    tolerance = (3e-3 if norm else 2e-5) * float(jnp.abs(want).max())
+    tolerance = (3e-3 if norm else 2e-5) * float(jnp.abs(want).max()) + 1e-30
     np.testing.assert_allclose(y, want, rtol=0, atol=tolerance)
 
 
@@ -83,19 +88,22 @@ def test_attention_is_xla_s_over_what_a_slot_holds(
   k, v = (numbers(rng, batch, tokens, heads, width) for _ in range(2))
   places = jnp.asarray(lengths[:, None] + np.arange(columns, dtype=np.int32))
   tables = rope.tables(places[:, step:step + tokens], width, 1e4, None)
+  counts = jnp.array(data.draw(st.sampled_from([[True] * 3, [True, False, True], [False] * 3])))
   own, own_tail = jax.jit(native.cache_attention, static_argnames='window')(
     q, k, v, cache, tail, lengths, step, places, rows, tables=None if rotated else tables[:2],
-    window=window)
+    counts=counts, window=window)
   if not rotated:
     q, k = tables.rotate(q), tables.rotate(k)
   layer = kv_cache.put(kv_cache.Layer(*tail), k, v, step)
-  for x, want in zip(own_tail, layer[:2], strict=True):
+  for x, before, after in zip(own_tail, tail, layer[:2], strict=True):
+    want = jnp.where(counts[:, None, None, None], after, before)
     np.testing.assert_allclose(x.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-2)
   exact = lambda x: jnp.nan_to_num(
     x.view(jnp.bfloat16)[rows].astype(jnp.float32), posinf=0.0, neginf=0.0)
   want = decode_attention(
     q, tuple(map(exact, cache)), tuple(x.astype(jnp.float32) for x in own_tail), lengths, step,
     places, window=window)
+  want = jnp.where(counts[:, None, None, None], want, 0.0)
   # Several queries are rounded to bfloat16, as XLA's are.
   few = tokens * groups <= 2
   np.testing.assert_allclose(own, want, rtol=0, atol=2e-5 if few else 0.03)
