@@ -280,13 +280,13 @@ def summarise(
 
 def table(record: Mapping[str, Any]) -> str:
   """The run as lines of text."""
-  lines = [f'{"":<34}{"tokens/s":>10}{"95 % interval":>18}{"peak memory":>14}']
+  lines = [f'{"":<36}{"tokens/s":>10}{"95 % interval":>18}{"peak memory":>14}']
 
   def line(name: str, row: Mapping[str, Any]) -> str:
     if 'error' in row:
-      return f'{name:<34}failed: {row["error"]}'
+      return f'{name:<36}failed: {row["error"]}'
     low, high = row['ci95']
-    return (f'{name:<34}{row["tokens_per_s"]:>10.0f}{f"{low:.0f} to {high:.0f}":>18}'
+    return (f'{name:<36}{row["tokens_per_s"]:>10.0f}{f"{low:.0f} to {high:.0f}":>18}'
             f'{row["peak_bytes"] / 2**30:>10.2f} GiB')
 
   ours = record['ours']
