@@ -187,6 +187,14 @@ def run(
   common.check_engine(config)
   if config.slot_groups < 1:
     raise errors.UserError('slot_groups must be at least 1.')
+  if not expert:
+    from training import speed
+
+    config = config.copy_and_resolve_references()
+    # Of a base that is loaded already it is settled.
+    config.dtype = speed.settle_dtype(
+      config.dtype if base is None else base.config.dtype, workdir,
+      own_kernels=config.base_quantization == 'none' and not config.mesh)
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
   tasks = choose_tasks(suite, config.split, config.episodes, config.skip)

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from configs import cli
+from configs import cli, common
 from data import errors, summary, trajectory
 from data import workdir as workdir_lib
 from training import dataset
@@ -161,8 +161,8 @@ def check(config) -> None:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
   if config.remat not in ('auto', 'none', 'mlp', 'full'):
     raise errors.UserError(f'remat={config.remat!r}: choose auto, none, mlp or full.')
-  if config.dtype not in ('auto', 'bfloat16', 'float32'):
-    raise errors.UserError(f'dtype={config.dtype!r}: choose auto, bfloat16 or float32.')
+  if config.dtype not in common.DTYPES:
+    raise errors.UserError(f'dtype={config.dtype!r}: choose {", ".join(common.DTYPES)}.')
   if config.attention not in ('auto', 'blocks', 'kernel'):
     raise errors.UserError(f'attention={config.attention!r}: choose auto, blocks or kernel.')
   optimizer_lib.check_name(config.optimizer)

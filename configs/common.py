@@ -13,6 +13,7 @@ import ml_collections
 
 from data import errors
 
+DTYPES = ('auto', 'bfloat16', 'float32')  # of the key `dtype`
 _TRUE = ('true', '1', 'yes', 'on')
 _FALSE = ('false', '0', 'no', 'off')
 
@@ -114,6 +115,8 @@ def check_engine(config: ml_collections.ConfigDict) -> None:
   for key in ('slots', 'decode_steps'):
     if config[key] < 1:
       raise errors.UserError(f'{key} must be at least 1.')
+  if config.dtype not in DTYPES:
+    raise errors.UserError(f'dtype={config.dtype!r}: choose {", ".join(DTYPES)}.')
   if config.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
     raise errors.UserError(
       f'cache_dtype={config.cache_dtype} is not float32, bfloat16 or int8; leave it out for dtype.')

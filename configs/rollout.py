@@ -26,7 +26,7 @@ DEFAULTS = dict(
   tokenizer='',  # path; '' is that of the weights
   shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
   policy='',  # name in the record; '' is 'expert', 'adapter' or 'base'
-  dtype='float32',  # or bfloat16
+  dtype='auto',  # operands of the products: bfloat16, float32; auto: the faster here
   base_quantization='none',  # as the adapter was trained: none, int8, int4, nf4
   # The tasks.
   env='household',

@@ -22,7 +22,7 @@ DEFAULTS = dict(
   base='',  # weights: '' published, 'random', or a path
   tokenizer='',  # path; '' is that of the weights
   shrink=False,  # a tiny random model of the same family, for dry runs (needs base=random)
-  dtype='float32',  # or bfloat16
+  dtype='auto',  # operands of the products: bfloat16, float32; auto: the faster here
   base_quantization='none',  # as the adapters were trained: none, int8, int4, nf4
   # Where it listens.
   host='127.0.0.1',  # an IPv4 address of this machine; the default is reached from it alone

@@ -1,7 +1,7 @@
 """The experiments behind the claims, by name: each one a run of a method, each one JSON.
 
   python -m experiments.evidence --list
-  python -m experiments.evidence --run=seed0,seed1 --workdir=runs/evidence --machine='2 CPU cores'
+  python -m experiments.evidence --run=seed0,seed1 --workdir=runs/evidence
   python -m experiments.results_table              # merges all results into the tables
 
 An experiment has its folder in the workdir; a stopped one goes on, a finished one is filed as
@@ -18,7 +18,7 @@ from configs import cli
 from configs import experience_retrieval as experience_config
 from configs import from_scratch as scratch_config
 from configs import hint_distillation as hint_config
-from data import errors
+from data import errors, summary
 from experiments import experience_retrieval, from_scratch, hint_distillation, results_table
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -198,15 +198,15 @@ def main(_) -> None:
   if unknown := [name for name in names if name not in EXPERIMENTS]:
     raise errors.UserError(
       f'There is no experiment {", ".join(unknown)}; there are {", ".join(EXPERIMENTS)}.')
-  if not names or not flags.FLAGS.machine:
-    raise errors.UserError('Give --run=NAME,... and --machine="what it runs on", or --list.')
+  if not names:
+    raise errors.UserError('Give --run=NAME,..., or --list.')
   for name in names:
-    run(name, pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.machine)
+    run(name, pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.machine or summary.machine())
 
 
 if __name__ == '__main__':
   flags.DEFINE_bool('list', False, 'Print the experiments and stop.')
   flags.DEFINE_string('run', '', 'Experiments to run, comma separated.')
   flags.DEFINE_string('workdir', 'runs/evidence', 'Folder of all experiments.')
-  flags.DEFINE_string('machine', '', 'What it runs on, for the record.')
+  flags.DEFINE_string('machine', '', 'What it runs on, for the record; empty: as the CPU says.')
   cli.run(main, required=())

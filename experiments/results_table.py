@@ -1,6 +1,6 @@
 """Files runs as committed results and writes the tables that are made from them.
 
-  python -m experiments.results_table --workdir=runs/demo --name=demo --machine='2 CPU cores'
+  python -m experiments.results_table --workdir=runs/demo --name=demo
   python -m experiments.results_table      # only writes the tables again
 
 No number of README.md and of experiments/results/README.md is copied by hand: what stands between
@@ -132,7 +132,7 @@ def measured_line(records: Sequence[Mapping[str, Any]]) -> str:
     f'n = {rows[0]["n"]} games{" a seed" if several else ""}, paired, greedy, '
     f'seed{"s" if several else ""} {seeds}; '
     f'{joined([m["machine"] for m in measured])}; {joined([m["date"] for m in measured])}; '
-    f'{joined([f"{m:.0f}" for m in minutes])} minutes; '
+    f'{", ".join(f"{m:.0f}" for m in minutes)} minutes; '
     f'{joined(["`" + m["command"] + "`" for m in measured])}.')
 
 
@@ -433,10 +433,10 @@ def pages() -> dict[pathlib.Path, str]:
 
 def main(_) -> None:
   if flags.FLAGS.workdir:
-    if not flags.FLAGS.name or not flags.FLAGS.machine:
-      raise errors.UserError('A run is filed under --name=NAME, with --machine="what it ran on".')
+    if not flags.FLAGS.name:
+      raise errors.UserError('A run is filed under --name=NAME.')
     file_run(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.name, command=flags.FLAGS.command,
-             machine=flags.FLAGS.machine)
+             machine=flags.FLAGS.machine or summary.machine())
   for path, text in pages().items():
     path.write_text(text)
 
@@ -446,5 +446,5 @@ if __name__ == '__main__':
   flags.DEFINE_string('workdir', '', 'Finished run to file.')
   flags.DEFINE_string('name', '', 'Name of the result.')
   flags.DEFINE_string('command', 'make demo', 'The command that made it.')
-  flags.DEFINE_string('machine', '', 'What it ran on.')
+  flags.DEFINE_string('machine', '', 'What it ran on; empty: this machine, as its CPU says.')
   cli.run(main, required=())

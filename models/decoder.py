@@ -129,7 +129,7 @@ class Block(nnx.Module):
     """x [B, T, D] -> [B, T, D]; `attend(q, k, v) -> [B, T, N, H]` owns masks and cache.
 
     `gates` [B, 1, R] are those of `layers.project`. What `counts` [B, T] leaves out may be
-    anything.
+    anything finite: it is masked by a weight of zero.
     """
     if self.fused:
       return self._fused(x, rotary, attend, counts)
@@ -664,7 +664,7 @@ def forward_step(
     longer: what follows the prefix in some slots, `KVCache.section`, and these slots, int32 [n],
       each once; None where the prefix is all.
     counts: bool, as `tokens`, those of which the result is wanted; None is all. Where the kernels
-      of `models.native` compute, the others take no time.
+      of `models.native` compute, and no adapters side by side, the others take no time.
 
   Returns:
     float32 [B, D] (or [B, T, D]) after the final norm, and the tail with the tokens' keys and
@@ -681,8 +681,10 @@ def forward_step(
   sections, slots = [()] * len(windows), None
   if longer is not None:
     sections, slots = longer[0].layers, longer[1]
+  read = None  # The slots whose attention is wanted.
   if counts is not None:
     counts = counts.reshape(rows.shape)
+    read = counts.any(axis=1)
   layered = zip(_unstacked(model), windows, prefix.layers, tail.layers, sections, strict=True)
   in_place = reads_in_place(graphdef, prefix)
   for block, window, old, new, far in layered:
@@ -693,8 +695,8 @@ def forward_step(
     def attend(q, k, v, old=old, new=new, far=far, window=window, late=late):
       if in_place:
         out, own = native.cache_attention(
-          q, k, v, old[:2], new[:2], lengths, step, places, tables=late,
-          counts=None if counts is None else counts.any(axis=1), window=window)
+          q, k, v, old[:2], new[:2], lengths, step, places, tables=late, counts=read,
+          window=window)
         layers.append(kv_cache.Layer(*own))
         return out
       layers.append(kv_cache.put(new, k, v, step))

@@ -165,7 +165,8 @@ def quantised_matmul(
 
 
 def _quantised_matmul_fwd(x, codes, scale, kind, dtype):
-  return quantised_matmul(x, codes, scale, kind, dtype), (codes, scale)
+  kernel = quantise.dequantise(codes, from_bits(scale), kind)
+  return _product_fwd(x, kernel, dtype, True)[0], (codes, scale)
 
 
 def _quantised_matmul_bwd(kind, dtype, residuals, grad):
@@ -188,7 +189,7 @@ def matmul_native(
 ) -> list[jax.Array]:
   """`native.products` of x float32 [..., in]; by XLA for more rows than it is made for.
 
-  What `counts` [...] leaves out may be anything.
+  What `counts` [...] leaves out may be anything finite.
   """
   rows = math.prod(x.shape[:-1])
   if rows <= native.max_rows():
@@ -491,7 +492,8 @@ def recomputed(
 
 def _recomputed_fwd(function, dtype, activations, rest):
   kept = [to_bits(x.astype(dtype)) for x in activations]
-  return function(activations, rest), (kept, rest)
+  # As differentiated (`_product_fwd`); what that would keep besides is dropped.
+  return jax.vjp(function, activations, rest)[0], (kept, rest)
 
 
 def _recomputed_bwd(function, dtype, residuals, grad):

@@ -132,6 +132,7 @@ void ForEach(ffi::ThreadPool& pool, int64_t tasks, const F& run) {
 constexpr int64_t kPanel = 32;  // Columns of a result that a task computes.
 constexpr int kColumns = 4;  // Those whose sums stay in registers.
 constexpr int kLine = 32;  // bfloat16 numbers of a line of a cache.
+constexpr int64_t kDeep = 768;  // Numbers that are added up in one go.
 constexpr int64_t kAhead = 4096;  // Bytes of a kernel that are asked for before they are needed.
 
 // 2^x for x <= 0, to float32's precision; 0 far below.
@@ -202,23 +203,29 @@ struct Input {
   }
 };
 
-// kCount rows of x, in the order of `Place`, times four rows of a kernel [., k].
+// kCount rows of x, in the order of `Place`, times four rows of a kernel [., k]. Added up as
+// `WideDots` does it, so that a row's result does not depend on how many others there are.
 template <int kCount>
 void Dots(const float* x, int64_t k, const uint16_t* kernel, float* y) {
-  Floats sums[kCount][kColumns] = {};
-  for (int64_t i = 0; i < k; i += 2 * kLanes) {
-    for (int c = 0; c < kColumns; ++c) {
-      __builtin_prefetch(reinterpret_cast<const char*>(kernel + c * k + i) + kAhead);
-      Words words = LoadWords(kernel + c * k + i);
-      Floats low = Low(words), high = High(words);
-      for (int r = 0; r < kCount; ++r) {
-        sums[r][c] += low * Load(x + r * k + i);
-        sums[r][c] += high * Load(x + r * k + i + kLanes);
+  for (int64_t begin = 0; begin < k; begin += kDeep) {
+    Floats sums[kCount][kColumns] = {};
+    for (int64_t i = begin; i < std::min(begin + kDeep, k); i += 2 * kLanes) {
+      for (int c = 0; c < kColumns; ++c) {
+        __builtin_prefetch(reinterpret_cast<const char*>(kernel + c * k + i) + kAhead);
+        Words words = LoadWords(kernel + c * k + i);
+        Floats low = Low(words), high = High(words);
+        for (int r = 0; r < kCount; ++r) {
+          sums[r][c] += low * Load(x + r * k + i);
+          sums[r][c] += high * Load(x + r * k + i + kLanes);
+        }
       }
     }
+    for (int r = 0; r < kCount; ++r)
+      for (int c = 0; c < kColumns; ++c) {
+        float* place = y + r * kPanel + c;
+        *place = (begin ? *place : 0) + Sum(sums[r][c]);
+      }
   }
-  for (int r = 0; r < kCount; ++r)
-    for (int c = 0; c < kColumns; ++c) y[r * kPanel + c] = Sum(sums[r][c]);
 }
 
 // `count` numbers of four rows of a kernel [., k] as float32, in the order of `Place`.
@@ -278,7 +285,7 @@ struct VectorProducts {
       return;
     }
     // So many that a core's first cache has the kernel's, and its second one all of the rows.
-    constexpr int64_t kMost = 16 * kWideRows, kDeep = 768;
+    constexpr int64_t kMost = 16 * kWideRows;
     float* wide = Scratch<float, 13>(kColumns * kDeep);
     std::fill(y, y + rows * kPanel, 0.0f);
     for (int64_t begin = 0; begin < rows; begin += kMost)
@@ -795,7 +802,8 @@ void AttendCache(Arguments& in) {
   float* out = in.out->typed_data();
 
   // A task is a chunk of what a slot has in the cache, for one head; the first one is the tail's,
-  // too. Of each there is a part of the softmax. Few slots are cut finer, for all threads to help.
+  // too. Of each there is a part of the softmax. Few slots are cut finer, for all threads to help;
+  // those that do not count are slots, too: what a row comes to must not depend on the others.
   struct Task {
     int64_t row, head, chunk, chunks;
   };
@@ -915,6 +923,9 @@ ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
   if (tail_k.untyped_data() != tail_k_out->untyped_data() ||
       tail_v.untyped_data() != tail_v_out->untyped_data())
     return ffi::Error::Internal("the tail was not donated");
+  if (int64_t begin = step.typed_data()[0], end = begin + q.dimensions()[1];
+      begin < 0 || end > tail_k.dimensions()[3])
+    return ffi::Error::InvalidArgument("the tail has no columns for these tokens");
   Arguments in{pool, q, new_k, new_v, cos, sin, k, v, tail_k, tail_v,
                lengths, step, places, slots, counts, out, window};
   auto attend = AttendCache<ByVectors>;

@@ -80,7 +80,14 @@ def products(
 
   Returns:
     float32 [rows, out] of each.
+
+  Raises:
+    ValueError: a shape or dtype is another.
   """
+  for kernel in kernels:
+    _check(kernel.dtype.itemsize == 2 and not any(n % MULTIPLE for n in kernel.shape)
+           and kernel.shape[1] == x.shape[1], 'kernel', kernel)
+  _check(counts is None or counts.shape == x.shape[:1], 'counts', counts)
   empty = jnp.zeros((0,), jnp.float32)
   scale, eps = (empty, 0.0) if norm is None else norm
   results = [
@@ -90,6 +97,12 @@ def products(
   return call(
     x, scale, empty if residual is None else residual, _counted(counts), *kernels,
     eps=np.float32(eps), activation=np.int32(ACTIVATIONS.index(activation)))
+
+
+def _check(holds: bool, name: str, value: jax.Array | None) -> None:
+  # What the kernels are given they read: they know no bounds.
+  if not holds:
+    raise ValueError(f'{name} {value.dtype}{list(value.shape)} does not fit the other arguments.')
 
 
 def _counted(counts: jax.Array | None) -> jax.Array:
@@ -131,9 +144,21 @@ def cache_attention(
 
   Returns:
     float32 [B, T, N, H], and the tail with the tokens' keys and values.
+
+  Raises:
+    ValueError: a shape is another.
   """
+  batch = q.shape[0]
   if slots is None:
-    slots = jnp.arange(q.shape[0], dtype=jnp.int32)
+    _check(cache[0].shape[0] >= batch, 'cache', cache[0])
+    slots = jnp.arange(batch, dtype=jnp.int32)
+  columns = tail[0].shape[3]
+  for name, value, shape in (
+      ('lengths', lengths, (batch,)), ('slots', slots, (batch,)),
+      ('places', places, (batch, columns)), ('tail', tail[0], (*k.shape[::2], q.shape[3], columns)),
+      ('cache', cache[0], (*cache[0].shape[:1], *k.shape[2:], cache[0].shape[3]))):
+    _check(value.shape == shape, name, value)
+  _check(counts is None or counts.shape == (batch,), 'counts', counts)
   if tables is None:
     tables = (jnp.zeros((0,), jnp.float32),) * 2
   results = [jax.ShapeDtypeStruct(q.shape, jnp.float32)]
@@ -184,7 +209,7 @@ def _library() -> ctypes.CDLL | None:
     return None
   try:
     library = ctypes.CDLL(str(_built()))
-  except (OSError, subprocess.SubprocessError) as error:
+  except (OSError, RuntimeError, subprocess.SubprocessError) as error:
     detail = getattr(error, 'stderr', '') or error
     logging.warning('Decoding on this CPU is slower than it could be: models/native.cc: %s', detail)
     return None
@@ -199,6 +224,7 @@ def _built() -> pathlib.Path:
 
   Raises:
     OSError: there is no compiler, or no place for what it makes.
+    RuntimeError: the user has no home folder.
     subprocess.SubprocessError: it failed.
   """
   compiler = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')

@@ -215,7 +215,6 @@ def measure_static(keys: np.ndarray, texts: list[str], episodes: int) -> dict[st
   """
   import rollout
   from retrieval import encoders, index
-  from training import speed
   encoder = encoders.load('minilm')
   built = index.VectorIndex.build(keys, min_recall=0.0)
   built.search(encoder.encode(['a text']), _STATIC_K)
@@ -233,8 +232,6 @@ def measure_static(keys: np.ndarray, texts: list[str], episodes: int) -> dict[st
     'max_calls': 14, 'max_new_tokens': 24, 'max_context': 640, 'episodes': episodes,
     'slots': episodes, 'split': 'valid_unseen'})
   with tempfile.TemporaryDirectory() as folder:
-    # The faster one: a slow episode would flatter the share.
-    config.dtype = speed.settle_dtype('auto', folder)
     rollout.run(config, pathlib.Path(folder))
     record = json.loads((pathlib.Path(folder) / 'summary.json').read_text())
   # Compiling is of the program and not of an episode.

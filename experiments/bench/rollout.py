@@ -4,10 +4,10 @@
 
 First we play the episodes freely (greedy). Then every engine replays what was asked of the model:
 the same new tokens, and as many sampled ones, in every turn; all settings of an engine are tried on
-the first turns, and the best one plays everything. Ours plays before and after the peers, so that a
-machine that slows down shows. `decode` holds steady decoding against its bound, the larger of
-bytes / bandwidth and FLOP / product rate at that number of rows, both measured in the run;
-`scaling` replays with more slots and with more context.
+the first turns, and the best one plays everything. Ours plays the first turns once more after the
+peers, so that a machine that slows down shows. `decode` holds steady decoding against its bound,
+the larger of bytes / bandwidth and FLOP / product rate at that number of rows, both measured in the
+run; `scaling` replays with more slots and with more context.
 
 On a CPU `transformers` is tried only in dtypes whose products have a tenth of the best one's rate:
 PyTorch's bfloat16 takes a hundred times as long where the CPU has no instructions for it.
@@ -46,11 +46,11 @@ _INSTALL = {
 _JOBS = 'experiments.bench.rollout_'
 # A taste's gain below this is noise.
 _BETTER = 1.02
-# Shares of the product rate that a whole replay reaches; only for the minutes that are predicted.
-_EFFICIENCY = {'ours': 0.2, 'reprefill': 0.15, 'cached': 0.04, 'llama_cpp': 0.15}
-
-# FLOP/s of a GPU, likewise: this process leaves the device and its memory to the jobs.
-_GPU_RATE = 4e14
+# Only for the minutes that are predicted: the share of the product rate that ours reaches; a GPU's
+# rate, FLOP/s, as this process leaves the device and its memory to the jobs; and how many times as
+# long a token takes the others, one that is read again likewise (two cores with AVX2).
+_EFFICIENCY, _GPU_RATE = 0.2, 4e14
+_SLOWER = {'ours': 1.0, 'reprefill': 1.7, 'cached': 4.0, 'llama_cpp': 3.4}
 
 
 class _Bench:
@@ -130,6 +130,7 @@ def settings_of(peer: str, values: Mapping[str, Any]) -> dict[str, dict[str, Any
   changes = {
     'default': {}, 'no_flash': {'flash': False}, 'q8_0': {'cache': 'q8_0'},
     'unified': {'unified': True}, 'ubatch128': {'ubatch': 128}, 'ubatch2048': {'ubatch': 2048}}
+  changes |= {f'slots{n}': {'slots': n} for n in rows if n < slots}
   cores = len(os.sched_getaffinity(0))
   if cores > 1:
     changes[f'threads{cores // 2}'] = {'threads': cores // 2}
@@ -159,13 +160,16 @@ def best_of(bench: _Bench, peer: str, engine: str) -> tuple[str, dict[str, Any],
   for name in list(settings):
     rate(name)
   if peer == 'llama_cpp' and rates:
-    # What helps alone is tried together.
-    helps = [name for name in rates if rates[name] > _BETTER * rates.get('default', 0.0)]
+    # What helps alone is tried together; of two that set the same, the better one.
+    helps, joined = [], {}
+    for name in sorted(rates, key=rates.__getitem__, reverse=True):
+      change = settings[name]['setting']
+      if rates[name] > _BETTER * rates.get('default', 0.0) and not change.keys() & joined.keys():
+        helps.append(name)
+        joined |= change
     if len(helps) > 1:
-      joined = '+'.join(helps)
-      settings[joined] = {'setting': {
-        key: value for name in helps for key, value in settings[name]['setting'].items()}}
-      rate(joined)
+      settings['+'.join(helps)] = {'setting': joined}
+      rate('+'.join(helps))
   if not rates:
     raise errors.UserError(f'No setting of {peer} works: {failures[0]}')
   best = max(rates, key=rates.__getitem__)
@@ -178,10 +182,11 @@ def peer_dtypes(bench: _Bench) -> list[str]:
   needless = 'transformers' not in bench.values['peer'] or bench.values['device'] != 'cpu'
   if needless or len(dtypes) == 1:
     return dtypes
-  path = bench.folder / 'jobs' / 'peer_rates.json'
-  if not path.is_file():
-    workdir_lib.write_json(path, bench_train.peer_rates(dtypes, bench.folder / 'scratch'))
-  rates = json.loads(path.read_text())
+  rates = {}
+  for dtype in dtypes:
+    job = {'kind': 'product_rate', 'dtype': dtype}
+    rates[dtype] = bench.run(f'transformers.products.{dtype}', 'torch', job)['flops_per_s']
+    print(f'PyTorch, {dtype}: {rates[dtype] / 1e9:.1f} GFLOP/s', flush=True)
   return [dtype for dtype in dtypes if 10 * rates[dtype] > max(rates.values())]
 
 
@@ -215,12 +220,15 @@ def prepare(bench: _Bench) -> None:
       weights.export_pretrained(folder, *weights.load_pretrained(path, 'float32'))
 
 
-def predict_minutes(values: Mapping[str, Any], turns: Sequence[Sequence[tuple[int, int]]]) -> float:
+def predict_minutes(
+  values: Mapping[str, Any], turns: Sequence[Sequence[tuple[int, int]]], played_s: float = 0.0
+) -> float:
   """About how long the whole run takes.
 
   Args:
     values: the flags.
     turns: (new tokens, sampled tokens) of each turn of each episode.
+    played_s: seconds in which ours played these; 0: not known yet.
   """
   from models import cost, registry, weights
   from training import speed
@@ -231,14 +239,18 @@ def predict_minutes(values: Mapping[str, Any], turns: Sequence[Sequence[tuple[in
     config, _ = weights.load_pretrained(pathlib.Path(values['base'] or values['model']), 'float32')
   new = sum(a + b for own in turns for a, b in own)
   again = sum(sum(a + b for a, b in own[:i + 1]) for own in turns for i in range(len(own)))
-  flops = cost.forward_flops(config, 1, 1, 512)
-  rate = speed.product_rate('bfloat16') if values['device'] == 'cpu' else _GPU_RATE
-  seconds = lambda engine, tokens: tokens * flops / (rate * _EFFICIENCY[engine])
+  token_s = played_s / new
+  if not played_s:
+    rate = _GPU_RATE
+    if values['device'] == 'cpu':
+      rate = max(map(speed.product_rate, ('bfloat16', 'float32')))
+    token_s = cost.forward_flops(config, 1, 1, 512) / (rate * _EFFICIENCY)
+  seconds = lambda engine, tokens: tokens * token_s * _SLOWER[engine]
   tastes = lambda engine: len(settings_of(engine, values)) * values['taste_turns'] / max(
     1, max(map(len, turns)))
   total = 0.0
   if 'play' in values['parts']:
-    total += seconds('ours', new) * (6 + 2 * tastes('ours'))
+    total += seconds('ours', new) * (4 + 2 * tastes('ours'))
     if 'transformers' in values['peer']:
       share = (values['reprefill_episodes'] or len(turns)) / len(turns)
       total += share * seconds('reprefill', again)
@@ -273,11 +285,11 @@ def measure_play(bench: _Bench) -> dict[str, Any]:
   print(f'{len(turns)} episodes of {sum(map(len, turns)) / len(turns):.1f} turns, '
         f'{sum(a for own in turns for a, _ in own):,} new and '
         f'{sum(b for own in turns for _, b in own):,} sampled tokens: about '
-        f'{predict_minutes(values, turns):.0f} minutes in all', flush=True)
+        f'{predict_minutes(values, turns, played["wall_s"]):.0f} minutes in all', flush=True)
   name, setting, rates = best_of(bench, 'ours', 'jax')
   whole = {'kind': 'replay', 'turns': 0}
-  ours = {'setting': name, 'tastes': rates,
-          'runs': [bench.run('ours.first', 'jax', {**whole, **setting})]}
+  ours = {'setting': name, 'tastes': rates, 'after': None,
+          'run': bench.run('ours.whole', 'jax', {**whole, **setting})}
   engines = {'transformers': ('reprefill', 'cached'), 'llama_cpp': ('llama_cpp',)}
   for peer in values['peer']:
     module = {'transformers': 'torch', 'llama_cpp': 'llama'}[peer]
@@ -286,12 +298,12 @@ def measure_play(bench: _Bench) -> dict[str, Any]:
       if engine == 'reprefill':
         chosen = {**chosen, 'episodes': values['reprefill_episodes']}
       record = bench.run(f'{engine}.whole', module, {**whole, **chosen})
-      peers[engine] = {'setting': best, 'tastes': tastes, 'runs': [record]}
-  if values['peer']:
-    last = f'ours.after.{"+".join(values["peer"])}'
-    ours['runs'].append(bench.run(last, 'jax', {**whole, **setting}))
+      peers[engine] = {'setting': best, 'tastes': tastes, 'run': record}
   compared = {}
   if values['peer']:
+    taste = {'kind': 'replay', 'turns': values['taste_turns'], **setting}
+    again = bench.run(f'ours.taste.{name}.after.{"+".join(values["peer"])}', 'jax', taste)
+    ours['after'] = page.per_hour(again) / rates[name]
     tokens = max((t['tokens'] for t in transcripts), key=len)
     forced = {'kind': 'exact', 'tokens': tokens}
     own = bench.run('ours.exact', 'jax', forced)
@@ -339,8 +351,8 @@ def run(values: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(f'--parts are some of {", ".join(PARTS)}.')
   if 'scaling' in values['parts'] and 'play' not in values['parts']:
     raise errors.UserError('scaling replays what was played; give --parts=play,scaling.')
-  # The records of one peer serve a run with another one, too.
-  workdir_lib.open_workdir(folder, dict(values), free_keys=('llama_python', 'peer'))
+  # The records of one peer or part serve a run with others, too.
+  workdir_lib.open_workdir(folder, dict(values), free_keys=('llama_python', 'peer', 'parts'))
   bench = _Bench(values, folder)
   values = bench.values = {**values, 'peer_dtypes': peer_dtypes(bench)}
   prepare(bench)

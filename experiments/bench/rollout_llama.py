@@ -97,7 +97,7 @@ def replay(job: dict[str, Any]) -> dict[str, Any]:
   """Replays transcripts; a sequence whose episode has ended takes the next one at once."""
   transcripts = json.loads(pathlib.Path(job['transcripts']).read_text())
   episodes = [found['turns'][:job['turns'] or None] for found in transcripts]
-  slots = min(job['slots'], len(episodes))
+  slots = min(job['setting'].get('slots', job['slots']), len(episodes))
   length = max(sum(len(new) + count for new, count in own) for own in episodes)
   context = _Context(job, slots, length)
   waiting = collections.deque(episodes)

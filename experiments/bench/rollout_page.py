@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 # How many times faster than each peer ours is meant to be on 2 CPU cores, and the share of its
@@ -27,24 +27,15 @@ def split_of_time(record: Mapping[str, Any]) -> dict[str, float]:
   return {part: record.get(f'{part}_s', 0.0) / record['wall_s'] for part in _PARTS}
 
 
-def rates(records: Sequence[Mapping[str, Any]], env_steps: float) -> dict[str, Any]:
-  """Of one engine's runs of the same work.
-
-  Args:
-    records: of its jobs.
-    env_steps: an episode, on average.
-  """
-  wall = sum(record['wall_s'] for record in records)
-  mean = lambda name: sum(record[name] for record in records) / wall
+def rates(record: Mapping[str, Any], env_steps: float) -> dict[str, Any]:
+  """Of a job; `env_steps`: an episode, on average."""
+  a_second = lambda name: record[name] / record['wall_s']
   return {
-    'episodes_per_hour': 3600 * mean('episodes'), 'by_run': [per_hour(r) for r in records],
-    'episodes': records[0]['episodes'], 'env_steps_per_s': env_steps * mean('episodes'),
-    'generated_per_s': mean('generated'), 'prefilled_per_s': mean('prefilled'),
-    'generated': records[0]['generated'], 'prefilled': records[0]['prefilled'],
-    'copied': records[0].get('copied', 0),
-    'split': split_of_time(
-      {key: sum(r.get(key, 0.0) for r in records)
-       for key in ['wall_s', *(f'{part}_s' for part in _PARTS)]})}
+    'episodes_per_hour': per_hour(record), 'episodes': record['episodes'],
+    'env_steps_per_s': env_steps * a_second('episodes'),
+    'generated_per_s': a_second('generated'), 'prefilled_per_s': a_second('prefilled'),
+    'generated': record['generated'], 'prefilled': record['prefilled'],
+    'copied': record.get('copied', 0), 'split': split_of_time(record)}
 
 
 def summarise_play(
@@ -55,17 +46,18 @@ def summarise_play(
 
   Args:
     played: of `rollout_jax.play`.
-    ours: {'setting', 'tastes', 'runs'} of our replays.
-    peers: likewise, by engine.
+    ours: of our replays {'setting', 'tastes', 'run', 'after'}: the last one is the share of its
+      speed that a taste has after the peers, None without any.
+    peers: likewise without 'after', by engine.
     compared: `agreement` with ours, by peer.
   """
   steps = played['env_steps'] / played['episodes']
   engine = lambda found: {
-    'setting': found['setting'], 'tastes': found['tastes'], **rates(found['runs'], steps)}
+    'setting': found['setting'], 'tastes': found['tastes'], **rates(found['run'], steps)}
   record = {
-    'free': {**rates([played], steps), 'terminations': played['terminations'],
+    'free': {**rates(played, steps), 'terminations': played['terminations'],
              'compile_first_s': played['compile_first_s'], 'stats': played['stats']},
-    'ours': {**engine(ours), 'stats': ours['runs'][-1]['stats']},
+    'ours': {**engine(ours), 'after': ours['after'], 'stats': ours['run']['stats']},
     'peers': {name: engine(found) for name, found in peers.items()},
     'agreement': dict(compared), 'device_name': played['device_name']}
   for name, found in record['peers'].items():
@@ -127,8 +119,9 @@ def _play_lines(play: Mapping[str, Any]) -> list[str]:
   ours = play['ours']
   lines += [line('ours, free play', play['free']), line('ours, replay', ours)]
   lines += [line(_NAMES[name], row) for name, row in play['peers'].items()]
-  runs = ', '.join(f'{value:,.0f}' for value in ours['by_run'])
-  lines.append(f'ours replays at {ours["setting"]}, by run: {runs} episodes/hour')
+  after = '' if ours['after'] is None else (
+    f'; its first turns, after the peers: {ours["after"]:.0%} of the speed before')
+  lines.append(f'ours replays at {ours["setting"]}{after}')
   lines += [
     f'{row["ratio"]:.2f} times {_NAMES[name]} ({row["setting"]}, {row["episodes"]} episodes); '
     f'at least {row["goal"]:g} times: '

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from experiments.bench import train_torch
+
 _CANDIDATES = 8
 
 
@@ -177,5 +179,5 @@ def exact(job: dict[str, Any]) -> dict[str, Any]:
 def run_file(job: str, out: str) -> None:
   """Runs the job of one JSON file and writes the record to another."""
   content = json.loads(pathlib.Path(job).read_text())
-  kinds = {'replay': replay, 'exact': exact}
+  kinds = {'replay': replay, 'exact': exact, 'product_rate': train_torch.product_rate}
   pathlib.Path(out).write_text(json.dumps(kinds[content['kind']](content)))

@@ -189,19 +189,19 @@ def record(wall_s, **more):
 def test_sums_and_goals():
   played = record(10.0, env_steps=40, terminations={'step_limit': 4}, compile_first_s=1.0,
                   device_name='cpu')
-  one = lambda *walls: {'setting': 'x', 'tastes': {}, 'runs': [record(wall) for wall in walls]}
+  one = lambda wall, **more: {'setting': 'x', 'tastes': {}, 'run': record(wall), **more}
   play = rollout_page.summarise_play(
-    played, one(5.0, 15.0), {'cached': one(20.0), 'reprefill': one(90.0)},
+    played, one(10.0, after=0.97), {'cached': one(20.0), 'reprefill': one(90.0)},
     {'transformers': {'share': 0.999, 'places': 1000, 'different': 1, 'near_ties': 1,
                       'largest_gap': 1e-4}})
-  assert play['ours']['episodes_per_hour'] == pytest.approx(2 * 4 * 3600 / 20)
-  assert play['ours']['by_run'] == [pytest.approx(2880), pytest.approx(960)]
+  assert play['ours']['episodes_per_hour'] == pytest.approx(4 * 3600 / 10)
   assert play['ours']['split']['decode'] == pytest.approx(0.5)
   assert play['peers']['cached']['ratio'] == pytest.approx(2.0)
   assert not play['peers']['cached']['reached'] and play['peers']['reprefill']['reached']
   assert play['peers']['cached']['env_steps_per_s'] == pytest.approx(2.0)
   text = rollout_page.table({'play': play})
   assert '2.00 times' in text and 'NOT reached' in text and '99.90%' in text
+  assert 'after the peers: 97% of' in text
 
 
 def test_the_plot_leaves_out_what_failed():
@@ -232,21 +232,22 @@ def values(**given):
 
 
 def test_what_helps_llama_alone_is_tried_together(tmp_path, monkeypatch):
-  seconds = {'default': 10.0, 'unified': 8.0, 'q8_0': 9.0, 'no_flash': 12.0, 'q8_0+unified': 7.0}
+  seconds = {'default': 10.0, 'unified': 8.0, 'q8_0': 9.0, 'no_flash': 12.0, 'ubatch128': 9.6,
+             'ubatch2048': 9.5, 'q8_0+ubatch2048+unified': 7.0}
   tried = []
 
   def job(module, job, folder, *, python):
     name = '+'.join(sorted(
-      {'unified': 'unified', 'cache': 'q8_0', 'flash': 'no_flash'}.get(k, k)
-      for k in job['setting'])) or 'default'
+      {'unified': 'unified', 'cache': 'q8_0', 'flash': 'no_flash'}.get(k, f'{k}{value}')
+      for k, value in job['setting'].items())) or 'default'
     tried.append(name)
     return {'wall_s': seconds[name], 'episodes': 4} if name in seconds else {'error': 'no'}
 
   monkeypatch.setattr(bench.bench_train, 'run_job', job)
   run = bench._Bench(values(), tmp_path)
   best, setting, rates = bench.best_of(run, 'llama_cpp', 'llama')
-  assert setting == {'setting': {'unified': True, 'cache': 'q8_0'}}
-  assert rates[best] == max(rates.values()) and len(rates) == 5
+  assert setting == {'setting': {'unified': True, 'cache': 'q8_0', 'ubatch': 2048}}
+  assert rates[best] == max(rates.values()) and len(rates) == 7
   # Kept records are not measured again.
   before = len(tried)
   assert bench.best_of(bench._Bench(values(), tmp_path), 'llama_cpp', 'llama')[0] == best
@@ -254,11 +255,13 @@ def test_what_helps_llama_alone_is_tried_together(tmp_path, monkeypatch):
 
 
 def test_a_dtype_in_which_the_peer_s_products_are_hopeless_is_not_tried(tmp_path, monkeypatch):
+  rates = {'bfloat16': 8e8, 'float32': 1.7e11}
   monkeypatch.setattr(
-    bench.bench_train, 'peer_rates', lambda dtypes, folder: {'bfloat16': 8e8, 'float32': 1.7e11})
+    bench.bench_train, 'run_job',
+    lambda module, job, folder, *, python: {'flops_per_s': rates[job['dtype']]})
   run = bench._Bench(values(peer='transformers'), tmp_path)
   assert bench.peer_dtypes(run) == ['float32']
-  monkeypatch.undo()
+  rates.clear()
   assert bench.peer_dtypes(run) == ['float32']  # Kept.
   names = bench.settings_of('cached', {**run.values, 'peer_dtypes': ['float32']})
   assert names and all(name.startswith('float32-') for name in names)
@@ -328,7 +331,7 @@ def test_a_small_run_and_the_same_again(tmp_path):
   found = json.loads(out.read_text())
   play = found['play']
   assert play['agreement']['transformers']['share'] >= 0.995
-  assert set(play['peers']) == {'reprefill', 'cached'} and len(play['ours']['by_run']) == 2
+  assert set(play['peers']) == {'reprefill', 'cached'} and play['ours']['after'] > 0
   assert play['peers']['cached']['generated'] == play['ours']['generated'] == (
     play['free']['generated'])
   ours = play['ours']
@@ -339,5 +342,5 @@ def test_a_small_run_and_the_same_again(tmp_path):
   assert len(found['scaling']['slots']) == 2 and out.with_suffix('.svg').is_file()
   # Every job's record is kept: nothing runs again but the sums.
   again = subprocess.run(command, capture_output=True, text=True)
-  assert again.returncode == 0 and 'ours.first' not in again.stdout
+  assert again.returncode == 0 and 'ours.whole' not in again.stdout
   assert json.loads(out.read_text())['play'] == play

@@ -30,7 +30,7 @@ def numbers(rng, *shape, dtype=jnp.float32):
 @needs_compiler
 @settings(max_examples=40, deadline=None)
 @given(
-  rows=st.integers(1, 70), width=st.sampled_from([32, 96, 576]),
+  rows=st.integers(1, 100), width=st.sampled_from([32, 96, 576, 800, 1536]),
   outs=st.lists(st.sampled_from([32, 64, 160]), min_size=1, max_size=3), norm=st.booleans(),
   residual=st.booleans(), activation=st.sampled_from(native.ACTIVATIONS),
   share=st.sampled_from([None, 0.0, 0.3, 0.9]), seed=st.integers(0, 99))
@@ -60,6 +60,41 @@ def test_products_are_xla_s(rows, width, outs, norm, residual, activation, share
     # A norm whose last bit differs rounds a few numbers of x to the other side.
     tolerance = (3e-3 if norm else 2e-5) * float(jnp.abs(want).max()) + 1e-30
     np.testing.assert_allclose(y, want, rtol=0, atol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize('width', [576, 800, 1536])
+def test_a_row_s_product_does_not_depend_on_how_many_others_there_are(width):
+  rng = np.random.default_rng(0)
+  x, kernel = numbers(rng, 20, width), numbers(rng, 64, width, dtype=jnp.bfloat16)
+  multiply = jax.jit(lambda counts: native.products(x, [kernel], counts=counts)[0][0])
+  alone, *others = (multiply(jnp.arange(20) < count) for count in (1, 2, 3, 5, 20))
+  for own in others:
+    np.testing.assert_array_equal(own, alone)
+
+
+@needs_compiler
+def test_what_does_not_fit_is_refused():
+  x, kernel = jnp.zeros((3, 64)), jnp.zeros((32, 64), jnp.bfloat16)
+  refused = lambda name: pytest.raises(ValueError, match=f'^{name} .* does not fit')
+  for other in (kernel.astype(jnp.float32), kernel[:, :32], kernel[:20]):
+    with refused('kernel'):
+      native.products(x, [other])
+  with refused('counts'):
+    native.products(x, [kernel], counts=jnp.ones(4, bool))
+  q, k = jnp.zeros((2, 1, 4, 64)), jnp.zeros((2, 1, 2, 64))
+  cache = jnp.zeros((2, 2, 64, 8), jnp.uint16), jnp.zeros((2, 2, 8, 64), jnp.uint16)
+  tail = jnp.zeros((2, 2, 64, 3), jnp.bfloat16), jnp.zeros((2, 2, 3, 64), jnp.bfloat16)
+  good = {'lengths': jnp.zeros(2, jnp.int32), 'places': jnp.zeros((2, 3), jnp.int32),
+          'counts': jnp.ones(2, bool), 'step': jnp.int32(2)}
+  attend = lambda **change: jax.jit(
+    lambda given: native.cache_attention(q, k, k, cache, tail, **given)[0])({**good, **change})
+  assert attend().shape == q.shape
+  for name in ('lengths', 'places', 'counts'):
+    with refused(name):
+      attend(**{name: good[name][:1]})
+  with pytest.raises(jax.errors.JaxRuntimeError, match='no columns for these tokens'):
+    jax.block_until_ready(attend(step=jnp.int32(3)))
 
 
 @needs_compiler

@@ -20,6 +20,14 @@ def test_the_faster_one_is_taken(rates, tmp_path):
   assert speed.settle_dtype('auto', tmp_path) == 'bfloat16'
 
 
+@pytest.mark.parametrize('available, own_kernels, taken', [
+  (True, True, 'bfloat16'), (True, False, 'float32'), (False, True, 'float32')])
+def test_where_the_kernels_of_our_own_multiply_it_is_bfloat16(
+    rates, monkeypatch, available, own_kernels, taken):
+  monkeypatch.setattr(speed.native, 'available', lambda: available)
+  assert speed.settle_dtype('auto', own_kernels=own_kernels) == taken
+
+
 def test_what_is_named_is_taken(rates, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'dtype': 'float32'}))
   assert speed.settle_dtype('bfloat16', tmp_path) == 'bfloat16'
