@@ -161,8 +161,7 @@ def check(config) -> None:
     raise errors.UserError('log_every and checkpoint_every must be at least 1.')
   if config.remat not in ('auto', 'none', 'mlp', 'full'):
     raise errors.UserError(f'remat={config.remat!r}: choose auto, none, mlp or full.')
-  if config.dtype not in common.DTYPES:
-    raise errors.UserError(f'dtype={config.dtype!r}: choose {", ".join(common.DTYPES)}.')
+  common.check_dtype(config.dtype)
   if config.attention not in ('auto', 'blocks', 'kernel'):
     raise errors.UserError(f'attention={config.attention!r}: choose auto, blocks or kernel.')
   optimizer_lib.check_name(config.optimizer)

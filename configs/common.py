@@ -13,7 +13,7 @@ import ml_collections
 
 from data import errors
 
-DTYPES = ('auto', 'bfloat16', 'float32')  # of the key `dtype`
+_DTYPES = ('auto', 'bfloat16', 'float32')
 _TRUE = ('true', '1', 'yes', 'on')
 _FALSE = ('false', '0', 'no', 'off')
 
@@ -106,6 +106,12 @@ def with_values(
   return config
 
 
+def check_dtype(dtype: str) -> None:
+  """Raises errors.UserError for a key `dtype` that there is not."""
+  if dtype not in _DTYPES:
+    raise errors.UserError(f'dtype={dtype!r}: choose {", ".join(_DTYPES)}.')
+
+
 def check_engine(config: ml_collections.ConfigDict) -> None:
   """What can be wrong about the keys of an engine, said before anything is loaded.
 
@@ -115,8 +121,7 @@ def check_engine(config: ml_collections.ConfigDict) -> None:
   for key in ('slots', 'decode_steps'):
     if config[key] < 1:
       raise errors.UserError(f'{key} must be at least 1.')
-  if config.dtype not in DTYPES:
-    raise errors.UserError(f'dtype={config.dtype!r}: choose {", ".join(DTYPES)}.')
+  check_dtype(config.dtype)
   if config.cache_dtype not in ('', 'float32', 'bfloat16', 'int8'):
     raise errors.UserError(
       f'cache_dtype={config.cache_dtype} is not float32, bfloat16 or int8; leave it out for dtype.')
