@@ -450,14 +450,9 @@ def run(
     'versions': summary.versions(),
   }
   if processes.is_first():
+    name, multimodal = registry.peft_base(config.model)
     weights.export_peft(
-      folder / 'adapter',
-      base.config,
-      model.lora_config,
-      adapter,
-      # Where others find the base: its id, or the path of a model of one's own.
-      registry.HUGGING_FACE_IDS.get(config.model) or str(pathlib.Path(config.model).absolute()),
-    )
+      folder / 'adapter', base.config, model.lora_config, adapter, name, multimodal=multimodal)
     workdir_lib.write_json(summary_path, record)
     mirror.push()
   return record

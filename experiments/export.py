@@ -119,8 +119,8 @@ def export(
   Raises:
     UserError: a wrong format, or something that is needed is missing.
   """
-  from data import model_folder, tokenizer
-  from models import hf_config, registry, weights
+  from data import tokenizer
+  from models import registry, weights
 
   if kind not in FORMATS:
     raise errors.UserError(f'format={kind!r}: choose from {", ".join(FORMATS)}.')
@@ -132,17 +132,16 @@ def export(
   for other in (path, source.adapter):
     if other and pathlib.Path(other).resolve() == out.resolve():
       raise errors.UserError(f'{out} holds what is to be exported; give another --out.')
-  published = registry.HUGGING_FACE_IDS.get(source.model, '')
   if kind == 'peft':
     if path is None:
-      config, multimodal = registry.get_config(source.model), source.model in registry.MULTIMODAL
+      config = registry.get_config(source.model)
     else:
       config, _ = weights.load_pretrained(path)
-      multimodal = path.is_dir() and (
-        model_folder.read_json(path / 'config.json').get('model_type') in hf_config.MULTIMODAL)
     adapter = weights.load_peft(source.adapter, config)
-    name = base_name or published or str(path.absolute())
-    weights.export_peft(out, config, *adapter, name, multimodal=multimodal)
+    # Under a name of the user's own are the weights that were given.
+    name, multimodal = registry.peft_base(
+      source.base if base_name and source.base else source.model)
+    weights.export_peft(out, config, *adapter, base_name or name, multimodal=multimodal)
     return sorted(p.name for p in out.iterdir())
   if path is None:
     raise errors.UserError(

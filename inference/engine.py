@@ -38,7 +38,7 @@ from inference.lookup import Acceptance, LookupConfig, pays
 from inference.results import Completion, ContextOverflow, Stats
 from inference.sampling import GREEDY, SamplingConfig
 from inference.trie import Tables
-from models import adapters, decoder, memory
+from models import adapters, decoder, incremental, memory
 from models.kv_cache import KVCache
 
 # Share of the busy slots whose end makes decoding return: a step costs the same for 32 rows as for
@@ -182,7 +182,7 @@ class Engine:
       self._caches.append(cache)
       self._states.append(state)
     # A CPU's own kernel reads each slot's tokens where they lie: no copy, no attended length.
-    self._in_place = decoder.reads_in_place(model.graphdef, self._caches[0])
+    self._in_place = incremental.reads_in_place(model.graphdef, self._caches[0])
     held = memory.held_bytes(self._caches)
     room = memory.USABLE * memory.device_bytes() - memory.held_bytes(self._params) - held
     self._decode_lengths = lengths.affordable(self._lengths, held, room)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from inference import lookup, trie
 from inference.lookup import LookupConfig
 from inference.sampling import SamplingConfig, sample
-from models import decoder, kv_cache
+from models import decoder, incremental, kv_cache
 from models.kv_cache import KVCache
 
 # Columns of a block's row after its tokens.
@@ -128,7 +128,7 @@ def compiled(spec: Spec) -> Programs:
 
   def absorb_program(cache, new):
     traces['absorb'] += 1
-    return cache.absorb(*new, in_place=decoder.reads_in_place(spec.graphdef, cache))
+    return cache.absorb(*new, in_place=incremental.reads_in_place(spec.graphdef, cache))
 
   def take_program(cache, slot, *, attend_len):
     traces['take'] += 1
@@ -219,7 +219,7 @@ def prefill(
   """
   width = spec.block_len
   slots, cursors, counts, budgets, seeds, indices = blocks[:, width:].T
-  hidden, cache = decoder.forward_cached(
+  hidden, cache = incremental.forward_cached(
     spec.graphdef,
     *params,
     blocks[:, :width],
@@ -297,7 +297,7 @@ def decode(
 
   def advance(carry):
     step, tail, state, tokens, logprobs, nodes = carry
-    hidden, tail = decoder.forward_step(
+    hidden, tail = incremental.forward_step(
       spec.graphdef, *params, state.last, prefix, tail, _read(state, before), step, gates=gates,
       longer=longer, counts=state.active
     )
@@ -397,7 +397,7 @@ def verify(
     places = at_columns(places, own, start)
     fed = jnp.concatenate([state.last[:, None], drafts], axis=1)
     wanted = state.active[:, None] & (ahead <= drafted[:, None])
-    hidden, tail = decoder.forward_step(
+    hidden, tail = incremental.forward_step(
       spec.graphdef, *params, fed, prefix, tail, _read(state, before), start, places, gates, longer,
       wanted
     )

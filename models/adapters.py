@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from models import decoder
+from models import decoder, incremental
 from models.families import DecoderConfig
 from models.lora import TARGETS, LoraConfig
 
@@ -37,7 +37,7 @@ class SideBySide:
 
 
 def prepare(model: decoder.Model | SideBySide) -> SideBySide:
-  """For `decoder.forward_cached` and `forward_step`: one adapter merged, several left as they are.
+  """For the passes of `models.incremental`: one adapter merged, several left as they are.
 
   What is prepared already is returned as it is, so that several engines can share its arrays. A
   model is one policy, whose gates have no columns.
@@ -45,7 +45,7 @@ def prepare(model: decoder.Model | SideBySide) -> SideBySide:
   if not isinstance(model, SideBySide):
     merged = decoder.merge_lora(model)
     model = SideBySide(merged, np.zeros((1, 0), np.float32))
-  prepared = decoder.prepare_for_decode(model.model)
+  prepared = incremental.prepare_for_decode(model.model)
   return model if prepared is model.model else dataclasses.replace(model, model=prepared)
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of every slot: an explicit argument and result of `decoder.forward_cached`."""
+"""Keys and values of every slot: argument and result of the passes of `models.incremental`."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class KVCache:
     return KVCache(*(tuple(function(array, axis) for array in part) for part, axis in fields))
 
   def prefix(self, attend_len: int) -> KVCache:
-    """The first `attend_len` positions, as values to read, for a loop of `decoder.forward_step`.
+    """The first `attend_len` positions, as values to read, for a loop of decode steps.
 
     Attention over a part of a cache makes XLA copy that part (and decode its bits) at every step;
     a loop that reads a prefix and writes a tail copies once. A whole cache needs no copy if it is
@@ -153,7 +153,7 @@ class KVCache:
   def absorb(self, tail: KVCache, places: jax.Array, *, in_place: bool = False) -> KVCache:
     """This cache with a tail's columns at `places`, int32 [slots, columns]; those OUTSIDE not.
 
-    `in_place`: by `models.native`, as `decoder.reads_in_place` says.
+    `in_place`: by `models.native`, as `incremental.reads_in_place` says.
     """
     if in_place:
       layers = zip(self.layers, tail.layers, strict=True)

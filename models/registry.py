@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import math
+import pathlib
 
 import jax
 
+from data import model_folder
 from data.errors import UserError
-from models import decoder
+from models import decoder, hf_config
 from models.families import DecoderConfig
-from models.hf_config import QUIRKS
 from models.rope import LinearScaling, RopeScaling, YarnScaling
 
 
@@ -28,7 +29,7 @@ def _qwen25(name, embed, layers, heads, kv_heads, mlp, *, vocab, tied) -> Decode
     norm_eps=1e-6,
     tie_embeddings=tied,
     max_position=32768,
-    **QUIRKS['qwen2'],
+    **hf_config.QUIRKS['qwen2'],
   )
 
 
@@ -47,7 +48,7 @@ def _qwen3(name, embed, layers, heads, mlp, *, tied, vocab=151936, length=40960)
     norm_eps=1e-6,
     tie_embeddings=tied,
     max_position=length,
-    **QUIRKS['qwen3'],
+    **hf_config.QUIRKS['qwen3'],
   )
 
 
@@ -113,7 +114,7 @@ CONFIGS = {
       global_every=6,
       local_rope_theta=1e4,
       max_position=131072,
-      **QUIRKS['gemma3'],
+      **hf_config.QUIRKS['gemma3'],
     ),
     DecoderConfig(
       name='ministral3_8b',
@@ -129,7 +130,7 @@ CONFIGS = {
       rope_scaling=YarnScaling(16.0, 16384, query_beta=0.1),
       norm_eps=1e-5,
       max_position=262144,
-      **QUIRKS['ministral3'],
+      **hf_config.QUIRKS['ministral3'],
     ),
   )
 }
@@ -154,6 +155,23 @@ HUGGING_FACE_IDS = {
 }
 # Published as parts of models that also read images.
 MULTIMODAL = ('gemma3_4b', 'ministral3_8b')
+
+
+def peft_base(model: str) -> tuple[str, bool]:
+  """What a PEFT adapter says of its base.
+
+  Args:
+    model: a name of CONFIGS, or the path of weights.
+
+  Returns:
+    Where others find it, a Hugging Face id or a path; and whether that is a model that reads
+    images, too, whose layers lie deeper (`weights.export_peft`).
+  """
+  if model in HUGGING_FACE_IDS:
+    return HUGGING_FACE_IDS[model], model in MULTIMODAL
+  path = pathlib.Path(model).absolute()
+  kind = model_folder.read_json(path / 'config.json').get('model_type') if path.is_dir() else None
+  return str(path), kind in hf_config.MULTIMODAL
 
 
 def get_config(name: str, **overrides) -> DecoderConfig:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference import Engine, LookupConfig
-from models import chips, cost, decoder, memory, native, registry, weights
+from models import chips, cost, decoder, incremental, memory, native, registry, weights
 from models.kv_cache import KVCache
 
 _WARM_TURNS = 3  # of an episode, before it is replayed
@@ -37,7 +37,7 @@ def load(job: dict[str, Any], dtype: str) -> decoder.Model:
   else:
     config, params = weights.load_pretrained(pathlib.Path(job['weights']), dtype)
     model = decoder.from_params(dataclasses.replace(config, dtype=dtype), params)
-  return decoder.prepare_for_decode(model)
+  return incremental.prepare_for_decode(model)
 
 
 def make_engine(job: dict[str, Any], model: decoder.Model, slots: int, max_len: int, **options):
@@ -360,7 +360,7 @@ def through_cache(model: decoder.Model, longest: int, block_len: int) -> Callabl
 
   @functools.partial(jax.jit, donate_argnames='cache')
   def run(block, cache, start, count):
-    hidden, cache = decoder.forward_cached(
+    hidden, cache = incremental.forward_cached(
       model.graphdef, model.lora, model.frozen, block[None], cache, start[None], count[None],
       attend_len=length)
     return decoder.logits(model.graphdef, model.frozen, hidden[0]), cache

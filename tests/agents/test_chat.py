@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from agents import chat, prompts
 from data import errors
 from inference.engine import Completion, Engine
-from models import decoder, registry
+from models import decoder, incremental, registry
 
 WORDS = st.lists(st.sampled_from(
   ['pull lever 1', ' OK.', '\n', 'é', '🙂', 'ab', 'a', 'b', '<|im_end|>']), max_size=12)
@@ -69,7 +69,7 @@ def test_pieces_of_text_make_the_text_up_to_the_first_stop_string(tokenizer, tex
 @pytest.fixture(scope='module')
 def model(tokenizer):
   config = registry.shrink(registry.get_config('smollm2_135m'), vocab_size=tokenizer.vocab_size)
-  return decoder.prepare_for_decode(decoder.create(config, seed=1))
+  return incremental.prepare_for_decode(decoder.create(config, seed=1))
 
 
 def engine(model):

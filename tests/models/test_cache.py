@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import decoder, kv_cache, registry
+from models import decoder, incremental, kv_cache, registry
 from models.kv_cache import KVCache
 from models.layers import from_bits
 
@@ -18,9 +18,9 @@ SLOTS, MAX_LEN, WIDTH = 3, 24, 8
 def setup(name='qwen25_7b', dtype='float32'):
   config = registry.shrink(registry.get_config(name, dtype=dtype))
   model = decoder.create(config)
-  prepared = decoder.prepare_for_decode(model)
+  prepared = incremental.prepare_for_decode(model)
   step = jax.jit(
-    functools.partial(decoder.forward_cached, prepared.graphdef, prepared.lora),
+    functools.partial(incremental.forward_cached, prepared.graphdef, prepared.lora),
     static_argnames='attend_len',
   )
   whole = jax.jit(functools.partial(decoder.forward, model.graphdef, model.lora))
@@ -177,7 +177,7 @@ def test_attend_len_is_only_faster():
   'dtype', ['float32', 'bfloat16', pytest.param('int8', marks=pytest.mark.slow)])
 def test_a_loop_of_steps_equals_one_call(dtype):
   model, step, _ = setup()
-  prepared = decoder.prepare_for_decode(model)
+  prepared = incremental.prepare_for_decode(model)
   tokens = np.random.default_rng(0).integers(0, 256, (SLOTS, WIDTH))
   cache = KVCache.init(model.config, SLOTS, MAX_LEN, dtype)
   _, cache = extend(step, cache, tokens, [0, 0, 0], [8, 5, 0])
@@ -185,7 +185,7 @@ def test_a_loop_of_steps_equals_one_call(dtype):
   want, want_cache = extend(step, cache, tokens[:, :4], lengths, counts)
   prefix, tail = cache.prefix(8), cache.tail(4)
   assert prefix.max_len == 8 and tail.max_len == 4
-  once = jax.jit(functools.partial(decoder.forward_step, prepared.graphdef, prepared.lora))
+  once = jax.jit(functools.partial(incremental.forward_step, prepared.graphdef, prepared.lora))
   for i in range(4):
     new, tail = once(prepared.frozen, jnp.asarray(tokens[:, i]), prefix, tail, lengths, i)
     for slot in range(SLOTS):
@@ -219,7 +219,7 @@ def test_prepared_equals_stacked():
   tokens = np.random.default_rng(0).integers(0, 256, (SLOTS, WIDTH))
   cache = KVCache.init(model.config, SLOTS, MAX_LEN)
   prepared, _ = extend(step, cache, tokens, [0] * 3, [8] * 3)
-  stacked = jax.jit(decoder.forward_cached, static_argnums=0, static_argnames='attend_len')
+  stacked = jax.jit(incremental.forward_cached, static_argnums=0, static_argnames='attend_len')
   ones = jnp.zeros(3, jnp.int32)
   out, _ = stacked(
     model.graphdef,

@@ -10,7 +10,7 @@ import pytest
 from agents import episode as episode_lib
 from agents import expert_episodes, policy
 from envs import get_suite
-from models import decoder
+from models import decoder, incremental
 from models.kv_cache import KVCache
 
 CHUNK = 64
@@ -20,7 +20,7 @@ def logits_of(model, tokens, dtype):
   """float32 [n, V], the tokens read in chunks, each of which attends to what the cache kept."""
   cache = KVCache.init(model.config, 1, len(tokens), dtype)
   step = jax.jit(
-    functools.partial(decoder.forward_cached, model.graphdef, model.lora),
+    functools.partial(incremental.forward_cached, model.graphdef, model.lora),
     static_argnames='attend_len')
   rows = []
   for start in range(0, len(tokens), CHUNK):
@@ -43,7 +43,7 @@ def test_logits_over_narrower_caches(capsys):
   tokens = np.asarray(max((game.tokens for game in games), key=len), np.int32)
   tokens = tokens[: len(tokens) // CHUNK * CHUNK]
   assert len(tokens) >= 2 * CHUNK
-  model = decoder.prepare_for_decode(base.model())
+  model = incremental.prepare_for_decode(base.model())
   exact = logits_of(model, tokens, 'float32')
   log_p = jax.nn.log_softmax(exact)
   for dtype, most in (('bfloat16', 0.02), ('int8', 0.02)):

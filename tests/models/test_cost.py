@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.interpreters import partial_eval
 
-from models import chips, cost, decoder, registry
+from models import chips, cost, decoder, incremental, registry
 from models.kv_cache import KVCache
 from models.lora import LoraConfig
 from training import step as step_lib
@@ -61,7 +61,7 @@ def test_forward_flops_are_those_of_the_products():
   row = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
 
   def step(lora, frozen, tokens, cache, lengths):
-    hidden, _ = decoder.forward_step(
+    hidden, _ = incremental.forward_step(
       model.graphdef, lora, frozen, tokens, cache, cache, lengths, jnp.int32(0))
     return decoder.logits(model.graphdef, frozen, hidden)
 

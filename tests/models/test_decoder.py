@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 
 from data.errors import UserError
-from models import decoder, layers, registry, sharding
+from models import decoder, incremental, layers, registry, sharding
 from models.kv_cache import KVCache
 from models.lora import LoraConfig
 
 forward = jax.jit(decoder.forward, static_argnums=0, static_argnames='remat')
-forward_cached = jax.jit(decoder.forward_cached, static_argnums=0, static_argnames='attend_len')
+forward_cached = jax.jit(incremental.forward_cached, static_argnums=0, static_argnames='attend_len')
 
 
 def tiny(name='qwen25_7b', **overrides):
@@ -80,7 +80,7 @@ def run_steps(model, tokens, start):
     model.graphdef, model.lora, model.frozen, jnp.asarray(tokens[:, :start]), cache, 0 * lengths,
     lengths, attend_len=width)  # fmt: skip
   prefix, tail, outs = cache.prefix(start), cache.tail(width - start), []
-  once = jax.jit(decoder.forward_step, static_argnums=0)
+  once = jax.jit(incremental.forward_step, static_argnums=0)
   for step in range(width - start):
     new = jnp.asarray(tokens[:, start + step])
     hidden, tail = once(
@@ -114,7 +114,7 @@ def test_logits_equal_transformers(name):
   assert np.abs(want).max() > 1
   np.testing.assert_allclose(run_packed(model, tokens), want, atol=1e-4, rtol=0)
   np.testing.assert_allclose(run_cached(model, tokens, 20), want, atol=1e-4, rtol=0)
-  prepared = decoder.prepare_for_decode(model)
+  prepared = incremental.prepare_for_decode(model)
   np.testing.assert_allclose(run_steps(prepared, tokens, 40), want[:, 40:], atol=1e-4, rtol=0)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference import Engine, LookupConfig
-from models import decoder, kv_cache, layers, native, rope
+from models import decoder, incremental, kv_cache, layers, native, rope
 from models.attention import decode_attention
 from models.families import DecoderConfig
 
@@ -220,10 +220,10 @@ def test_a_dispatch_has_one_program_whatever_the_lengths_are():
 @pytest.mark.parametrize('change', [
   {'dtype': 'float32'}, {'base_quantization': 'int8'}, {'vocab_size': 90}])
 def test_what_the_kernels_cannot_take_stays_with_xla(change):
-  model = decoder.prepare_for_decode(
+  model = incremental.prepare_for_decode(
     decoder.create(dataclasses.replace(CONFIG, **change), seed=0))
   cache = kv_cache.KVCache.init(model.config, 1, 8, model.config.dtype)
-  assert not decoder.reads_in_place(model.graphdef, cache)
+  assert not incremental.reads_in_place(model.graphdef, cache)
 
 
 def test_without_a_compiler_one_sentence_says_so(monkeypatch, tmp_path, caplog):

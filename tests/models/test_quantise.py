@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.errors import UserError
-from models import decoder, quantise, registry, sharding
+from models import decoder, incremental, quantise, registry, sharding
 from models.decoder import to_params
 from models.lora import LoraConfig
 from tests.models.test_decoder import loss_and_gradient, run, run_cached, run_steps, with_random_b
@@ -109,7 +109,7 @@ def test_cached_decoding_and_merging_of_a_quantised_model():
   model, meant, _ = models('nf4')
   tokens = np.random.default_rng(0).integers(0, 256, (2, 20))
   want = run(meant, tokens)
-  prepared = decoder.prepare_for_decode(model)
+  prepared = incremental.prepare_for_decode(model)
   np.testing.assert_allclose(run_cached(prepared, tokens, 10), want, atol=1e-4)
   np.testing.assert_allclose(run_steps(prepared, tokens, 16), want[:, 16:], atol=1e-4)
   merged = decoder.merge_lora(model)

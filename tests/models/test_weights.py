@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
-from models import decoder, hf_config, registry, weights
+from models import decoder, hf_config, incremental, registry, weights
 from models.kv_cache import KVCache
 from models.lora import TARGETS, LoraConfig
 from models.rope import frequencies
@@ -80,7 +80,7 @@ def hf_logits(model, tokens):
 
 
 _forward = jax.jit(decoder.forward, static_argnums=0)
-_cached = jax.jit(decoder.forward_cached, static_argnums=0, static_argnames='attend_len')
+_cached = jax.jit(incremental.forward_cached, static_argnums=0, static_argnames='attend_len')
 
 
 def our_logits(model, tokens):
