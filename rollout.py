@@ -10,6 +10,7 @@ where it is needed, so that a mistake in the command is told at once.
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -92,7 +93,7 @@ def _in_workers(config: ml_collections.ConfigDict, options: dict[str, Any]) -> e
   suite = envs.get_suite(config.env, **options)
   if config.env_workers < -1:
     raise errors.UserError('env_workers must be -1 (as the environment needs), 0 or more.')
-  environments = 1 if config.agent == 'expert' else config.slots
+  environments = 1 if config.agent == 'expert' else _whole_groups(config.slots, config)
   count = config.env_workers
   if count < 0:
     count = workers.default_workers(suite, environments)
@@ -104,6 +105,11 @@ def _in_workers(config: ml_collections.ConfigDict, options: dict[str, Any]) -> e
       'many (or to -1), or take fewer slots.')
   return workers.WorkerSuite(
     suite, config.env, options, workers=count, timeout=config.env_timeout)
+
+
+def _whole_groups(slots: int, config: ml_collections.ConfigDict) -> int:
+  """So many slots, or the next number that fills all groups."""
+  return slots + -slots % config.slot_groups
 
 
 def _option_value(text: str) -> Any:
@@ -257,13 +263,14 @@ def run(
     runner.check_first_prompt(
       config.max_context, tokenizer, suite, tasks, spec, labels, memories=memories,
       examples=examples)
-    from inference import Engine, SamplingConfig
-    mesh, slots = choose_mesh(config.mesh, base.config, config.slots), config.slots
+    from inference import Engine, SamplingConfig, Stats
+    slots = _whole_groups(config.slots, config)
+    mesh = choose_mesh(config.mesh, base.config, slots, config.slot_groups)
     if mesh is None:
-      slots = min(slots, -(-len(games) // share.count))
+      slots = _whole_groups(min(config.slots, -(-len(games) // share.count)), config)
     engine = Engine(
-      base.policies(list(adapters.values()), mesh=mesh),
-      num_slots=slots + -slots % config.slot_groups, max_len=config.max_context,
+      base.policies(list(adapters.values()), mesh=mesh), num_slots=slots,
+      max_len=config.max_context,
       stop_ids=tokenizer.stop_ids, sampling=SamplingConfig(temperature=config.temperature),
       mesh=mesh, share_prefixes=config.share_prefixes, groups=config.slot_groups,
       **policy_lib.engine_options(config))
@@ -276,11 +283,16 @@ def run(
   else:
     playing = shares.Playing(folder)
   own = share.games(workdir, games)
-  clock = workdir_lib.WallClock(folder, started=started)
+
+  def counts() -> dict[str, dict[str, float]]:
+    return {'engine': {} if expert else dataclasses.asdict(engine.stats),
+            'env_workers': suite.summary() if isinstance(suite, workers.WorkerSuite) else {}}
+
+  counters = workdir_lib.RunCounts(folder, started=started, counts=counts)
   erring = {'error_rate': config.expert_error_rate} if config.expert_error_rate else {}
   played = {
     'recall': memory.recall if config.query == 'dynamic' and memory is not None else None,
-    'after_episode': clock.save}
+    'after_episode': counters.save}
   try:
     if not own:
       episodes = []
@@ -292,7 +304,7 @@ def run(
           examples=examples.get(task.task_type, ()),
           known_rules=envs_base.rules_of(suite, task) if config.expert_knows_rules else (),
           **erring),
-        [game.task for game in own], labels, folder, after_episode=clock.save)
+        [game.task for game in own], labels, folder, after_episode=counters.save)
     else:
       play = functools.partial(
         runner.play, engine, tokenizer, suite, spec=spec, workdir=folder, examples=examples,
@@ -302,14 +314,14 @@ def run(
       else:
         episodes = play(own, memories=memories)
   finally:
-    clock.save()
+    counters.save()
     if close := getattr(suite, 'close', None):
       close()
 
   # 5. The rows.
-  counted = {
-    'wall_s': clock.seconds(), 'engine': {} if expert else engine.stats.as_dict(),
-    'env_workers': suite.summary() if isinstance(suite, workers.WorkerSuite) else {}}
+  counted = {'wall_s': counters.seconds(), 'engine': {}, 'env_workers': {}, **counters.counts()}
+  if not expert:
+    counted['engine'] = Stats(**counted['engine']).as_dict()
 
   def write(episodes: Sequence[trajectory.Episode], **more: Any) -> None:
     by_row = {
@@ -390,13 +402,14 @@ def check_experiences(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError('expert_error_rate lies in 0..1 (1 excluded) and needs agent=expert.')
 
 
-def choose_mesh(text: str, architecture, slots: int):
+def choose_mesh(text: str, architecture, slots: int, groups: int = 1):
   """The devices that play together, as `mesh=` names them.
 
   Args:
     text: sizes as `models.sharding.parse_sizes` takes them; '' is one device.
     architecture: the `decoder.DecoderConfig` of what plays.
     slots: episodes at a time, of all devices.
+    groups: equal parts of the slots that take turns.
 
   Returns:
     A mesh, or None for one device.
@@ -409,9 +422,11 @@ def choose_mesh(text: str, architecture, slots: int):
   from models import sharding
 
   mesh = sharding.make_mesh(**sharding.parse_sizes(text))
-  if slots % mesh.shape['data']:
+  if slots // groups % mesh.shape['data']:
+    parts = f' in {groups} groups' if groups > 1 else ''
     raise errors.UserError(
-      f'slots={slots} does not divide into the {mesh.shape["data"]} data shards of the mesh.')
+      f'slots={slots}{parts} does not divide into the {mesh.shape["data"]} data shards of the '
+      'mesh.')
   if architecture.num_kv_heads % mesh.shape['tensor']:
     raise errors.UserError(
       f'tensor={mesh.shape["tensor"]} of the mesh does not divide the {architecture.num_kv_heads} '

@@ -156,14 +156,18 @@ def _open_remote(url: str):
   return epath.Path(url)
 
 
-class WallClock:
-  """Seconds of a run over all its starts, kept in `wall_s.json` of its folder.
+class RunCounts:
+  """Seconds and counts of a run over all its starts, kept in `counts.json` of its folder.
 
   Of a start that was killed, what followed its last `save` is not counted.
   """
 
   def __init__(
-    self, workdir: str | os.PathLike, *, started: float,
+    self,
+    workdir: str | os.PathLike,
+    *,
+    started: float,
+    counts: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
     now: Callable[[], float] = time.perf_counter,
   ):
     """Reads what earlier starts took.
@@ -171,19 +175,33 @@ class WallClock:
     Args:
       workdir: the run's folder; it need not exist.
       started: when this start began, in seconds of `now`.
+      counts: what this start has counted so far, by group and name.
       now: a monotonic clock.
     """
-    self._path = pathlib.Path(workdir) / 'wall_s.json'
-    self._started, self._now = started, now
+    self._path = pathlib.Path(workdir) / 'counts.json'
+    self._started, self._counts, self._now = started, counts, now
     try:
-      self._before = float(json.loads(self._path.read_text())['wall_s'])
-    except (OSError, ValueError, KeyError, TypeError):
+      before = json.loads(self._path.read_text())
+      self._before_s = float(before.pop('wall_s'))
+      self._before = {
+        group: {name: value + 0 for name, value in numbers.items()}
+        for group, numbers in before.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
       # None yet, or damaged by hand: no reason to refuse the run.
-      self._before = 0.0
+      self._before_s, self._before = 0.0, {}
 
   def seconds(self) -> float:
     """Of all starts, up to now."""
-    return self._before + self._now() - self._started
+    return self._before_s + self._now() - self._started
+
+  def counts(self) -> dict[str, dict[str, float]]:
+    """Of all starts, up to now; of a group that this one has no counts of, those of before."""
+    here = self._counts()
+    total = {
+      group: {name: value + self._before.get(group, {}).get(name, 0)
+              for name, value in numbers.items()}
+      for group, numbers in here.items()}
+    return self._before | {group: numbers for group, numbers in total.items() if numbers}
 
   def save(self) -> None:
-    write_json(self._path, {'wall_s': self.seconds()})
+    write_json(self._path, {'wall_s': self.seconds(), **self.counts()})

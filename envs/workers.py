@@ -210,7 +210,12 @@ class RemoteEnvironment:
     self._played: list[tuple[tuple[str, ...], Any]] = []
     self._worker: _Worker | None = None
     self._deaths = self.restarts = 0
-    self.limits: base.Limits = self._ask('make', task)
+    try:
+      self.limits: base.Limits = self._ask('make', task)
+    except BaseException:
+      # There will be no object that somebody could close.
+      self.close()
+      raise
 
   def reset(self) -> str:
     self._played.clear()

@@ -150,13 +150,43 @@ def test_wall_seconds_add_up_over_starts(tmp_path, tokenizer, monkeypatch):
     patch.setattr(rollout_lib.expert_episodes, 'expert_episode', stopped)
     with pytest.raises(KeyboardInterrupt):
       rollout_lib.run(config, tmp_path)
-  path = tmp_path / 'wall_s.json'
+  path = tmp_path / 'counts.json'
   before = json.loads(path.read_text())['wall_s']
   assert 0 < before < 600
   path.write_text(json.dumps({'wall_s': before + 1000}))
   rollout_lib.run(config, tmp_path)
   seconds = json.loads((tmp_path / 'summary.json').read_text())['wall_s']['rollout']
   assert before + 1000 < seconds < before + 1600
+
+
+def test_counters_are_those_of_all_starts(tmp_path, tokenizer, monkeypatch):
+  config = mesh_config(tokenizer, slots=2, slot_groups=2, env_workers=1, share_prefixes=False)
+  rollout_lib.run(mesh_config(tokenizer, share_prefixes=False), tmp_path / 'whole')
+  append, kept = trajectory.Journal.append, []
+
+  def stopped(journal, episode):
+    if len(kept) == 3:
+      raise KeyboardInterrupt
+    kept.append(episode)
+    append(journal, episode)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(trajectory.Journal, 'append', stopped)
+    with pytest.raises(KeyboardInterrupt):
+      rollout_lib.run(config, tmp_path / 'run')
+  before = json.loads((tmp_path / 'run' / 'counts.json').read_text())
+  rollout_lib.run(config, tmp_path / 'run')
+  # Two groups, and the environments in a process of their own, play the same.
+  check_same(*(trajectory.load_episodes(tmp_path / name) for name in ('run', 'whole')))
+  after, whole = (
+    json.loads((tmp_path / name / 'summary.json').read_text()) for name in ('run', 'whole'))
+  assert 0 < before['engine']['generated'] < after['engine']['generated']
+  # What the stopped start had of episodes that are not kept was played twice.
+  for count in ('prefilled', 'generated'):
+    assert after['engine'][count] >= whole['engine'][count]
+    assert after['engine'][count] - before['engine'][count] < whole['engine'][count]
+  assert after['env_workers']['started'] == 2 and before['env_workers']['started'] == 1
+  assert after['engine']['padded_share'] < 1
 
 
 def test_a_corrected_command_is_not_another_config(tmp_path, tokenizer):
@@ -302,7 +332,7 @@ def test_what_it_multiplies_in_is_settled_when_a_run_begins(tmp_path, tokenizer,
 def test_a_mesh_plays_the_same_greedy_episodes_as_one_device(tmp_path, tokenizer):
   rollout_lib.run(mesh_config(tokenizer), tmp_path / 'one')
   one = trajectory.load_episodes(tmp_path / 'one')
-  for mesh in ('4,1,1', '2,1,2', '1,2,2'):
+  for mesh in ('4,1,1', '2,2,2', '1,4,2'):
     rollout_lib.run(mesh_config(tokenizer, mesh=mesh), tmp_path / mesh)
     check_same(trajectory.load_episodes(tmp_path / mesh), one)
 
@@ -373,6 +403,8 @@ def test_adapters_that_cannot_play_side_by_side_are_one_sentence(
 
 @pytest.mark.parametrize('values, says', [
   ({'mesh': '3,1,1'}, 'slots=4 does not divide into the 3 data shards of the mesh.'),
+  ({'mesh': '4,1,1', 'slot_groups': 2},
+   'slots=4 in 2 groups does not divide into the 4 data shards of the mesh.'),
   ({'mesh': '1,1,4'}, 'tensor=4 of the mesh does not divide the 2 key-value heads'),
   ({'mesh': '64,1,1', 'slots': 64}, 'does not fit 8 devices'),
   ({'mesh': 'two'}, "mesh='two': give three sizes")])

@@ -162,6 +162,7 @@ def raw(server, method, path, body=b'', **headers):
   ('POST', '/v1/chat/completions', b'[' * 15_000, {}, 400),
   ('POST', '/v1/chat/completions', b'{}', {'Content_Type': 'text/plain'}, 415),
   ('POST', '/v1/chat/completions', b'x' * 20_001, {}, 413),
+  ('POST', '/v1/chat/completions', b'', {'Content_Length': '9' * 5_000}, 413),
   ('POST', '/v1/chat/completions', b'', {'Content_Length': '-5'}, 411),
   ('GET', '/v1/chat/completions', b'', {}, 405),
   ('DELETE', '/v1/models', b'', {}, 405),

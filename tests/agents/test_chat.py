@@ -154,7 +154,7 @@ def test_a_cancelled_request_frees_its_slot(scheduler, tokenizer):
   assert ask(scheduler, tokenizer, [user('b')])[1].completion_tokens == 12
 
 
-def test_a_full_queue_a_broken_engine_and_the_end_are_told(tokenizer):
+def test_a_full_queue_and_an_engine_that_cannot_be_made_are_told(tokenizer):
   begun, go = threading.Event(), threading.Event()
 
   def make(sampling):
@@ -246,6 +246,35 @@ def test_engines_that_are_idle_make_room_for_others(tokenizer):
   for temperature in (0.0, 0.0, 0.5, 0.0):
     ask(scheduler, tokenizer, [user('a')], sampling=chat.Sampling(temperature), max_new_tokens=1)
   assert made == [0.0, 0.5, 0.0]
+  scheduler.close()
+
+
+def test_an_engine_that_cannot_be_made_takes_no_other_with_it(tokenizer):
+  def make(sampling):
+    if sampling.temperature:
+      raise MemoryError
+    return OneToken()
+
+  scheduler = chat.Scheduler(tokenizer, make, ['tiny'], max_context=256, max_waiting=4)
+  for temperature in (0.0, 0.5, 0.0):
+    request = chat.Request(
+      'tiny', chat.render(tokenizer, [user('a')]), 1, sampling=chat.Sampling(temperature))
+    scheduler.submit(request)
+    kind, value = request.events.get(timeout=60)
+    assert (kind == 'error' and 'MemoryError' in value) == bool(temperature)
+  scheduler.close()
+
+
+def test_an_engine_that_breaks_is_told_to_all(tokenizer, monkeypatch):
+  engine = OneToken()
+  monkeypatch.setattr(engine, 'step', lambda: 1 / 0)
+  scheduler = chat.Scheduler(
+    tokenizer, lambda sampling: engine, ['tiny'], max_context=256, max_waiting=4)
+  for _ in range(2):
+    request = chat.Request('tiny', chat.render(tokenizer, [user('a')]), 1)
+    scheduler.submit(request)
+    assert request.events.get(timeout=60) == (
+      'error', 'the engine has failed (ZeroDivisionError); start the server again')
   scheduler.close()
 
 

@@ -51,13 +51,29 @@ def test_a_config_that_is_none(tmp_path, content):
     workdir.check_workdir(tmp_path, {})
 
 
-def test_seconds_add_up_over_starts(tmp_path):
-  first = workdir.WallClock(tmp_path, started=100.0, now=lambda: 130.0)
+def test_seconds_and_counts_add_up_over_starts(tmp_path):
+  first = workdir.RunCounts(
+    tmp_path, started=100.0, now=lambda: 130.0, counts=lambda: {'engine': {'a': 1}, 'pool': {}})
   first.save()
   first.save()
-  assert workdir.WallClock(tmp_path, started=200.0, now=lambda: 205.0).seconds() == 35.0
-  (tmp_path / 'wall_s.json').write_text('{}')
-  assert workdir.WallClock(tmp_path, started=200.0, now=lambda: 205.0).seconds() == 5.0
+  second = workdir.RunCounts(
+    tmp_path, started=200.0, now=lambda: 205.0,
+    counts=lambda: {'engine': {'a': 2, 'b': 5}, 'pool': {'c': 1}})
+  assert second.seconds() == 35.0
+  assert second.counts() == {'engine': {'a': 3, 'b': 5}, 'pool': {'c': 1}}
+  second.save()
+  third = workdir.RunCounts(tmp_path, started=0.0, now=lambda: 1.0)
+  assert third.seconds() == 36.0 and third.counts() == second.counts()
+
+
+@pytest.mark.parametrize('content', [
+  '{}', '[]', '{"wall_s": "x"}', '{"wall_s": 1, "engine": 3}',
+  '{"wall_s": 1, "engine": {"a": "b"}}'])
+def test_counts_that_were_damaged_begin_anew(tmp_path, content):
+  (tmp_path / 'counts.json').write_text(content)
+  counters = workdir.RunCounts(
+    tmp_path, started=200.0, now=lambda: 205.0, counts=lambda: {'engine': {'a': 1}})
+  assert counters.seconds() == 5.0 and counters.counts() == {'engine': {'a': 1}}
 
 
 @pytest.fixture

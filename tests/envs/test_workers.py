@@ -248,6 +248,17 @@ def test_what_an_environment_raises_kills_nothing(make_pool, fault, raised, text
   assert pool.counts['started'] == 1 and not pool.counts['crashed']
 
 
+def test_what_cannot_be_made_leaves_its_place_to_others(make_pool):
+  pool = make_pool(1, exclusive=True, recycle_games=3)
+  for _ in range(2):
+    with pytest.raises(workers.EnvironmentFault, match='the pipe broke'):
+      pool.make(hostile.task(fault='raises in make'))
+  environment = pool.make(hostile.task())
+  pid = pid_of(environment)
+  environment.close()
+  assert pool.summary()['recycled'] == 1 and not alive(pid)
+
+
 @pytest.mark.slow
 def test_environments_spread_and_an_exclusive_one_has_its_process_to_itself(make_pool):
   spread = make_pool(2)

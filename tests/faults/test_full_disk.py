@@ -68,7 +68,7 @@ def test_full_at_the_end_of_a_run(disk, tmp_path, tokenizer_folder, removed, roo
   assert (run / trajectory.TFDS_NAME).exists() == (trajectory.TFDS_NAME not in removed)
   # What could not be finished takes no room either.
   assert {path.name for path in run.iterdir()} <= {
-    'config.json', 'wall_s.json', trajectory.JOURNAL_NAME, trajectory.TFDS_NAME}
+    'config.json', 'counts.json', trajectory.JOURNAL_NAME, trajectory.TFDS_NAME}
 
   disk.free()
   assert runs.start(line).returncode == 0
