@@ -293,6 +293,8 @@ def fit(
   step_flops = cost.train_flops(
     model.config, model.lora_config, places, loss_places, row_len
   )
+  useful_flops = cost.train_flops(
+    model.config, model.lora_config, rows.num_tokens, rows.num_loss_tokens, rows.context)
   rate = speed.product_rate(config.dtype)
   predicted_s = speed.predict_seconds(step_flops * (batches.num_steps - start), rate * mesh.size)
   processes.say(
@@ -311,7 +313,7 @@ def fit(
     batches.num_steps,
     start,
     config.log_every,
-    step_flops=step_flops,
+    token_flops=useful_flops / rows.num_tokens,
     peak_flops=peak and peak * mesh.size,
   )
   loop_started = time.perf_counter()
@@ -434,6 +436,10 @@ def run(
   rows = packing.pack(examples, row_len)
   counts['too_long'] = len(rows.too_long)
   processes.say('episodes: ' + ', '.join(f'{name} {n}' for name, n in counts.items()))
+  if rows.too_long:
+    processes.say(
+      f'{len(rows.too_long)} episodes are longer than row_len={row_len} and left out; the longest '
+      f'has {max(len(e.tokens) for e in examples)} tokens.')
   if not rows.num_loss_tokens:
     raise errors.UserError(
       f'No example fits into row_len={row_len} with a token to train; the shortest has '

@@ -109,7 +109,7 @@ class Mirror:
     folder: the run's folder, for what can write to an object store by itself.
   """
 
-  _PULLED = ('config.json', 'metrics.jsonl', 'summary.json')
+  _PULLED, _EVENTS = ('config.json', 'metrics.jsonl', 'summary.json'), 'tensorboard'
 
   def __init__(self, folder: str | os.PathLike):
     """Fetches what the folder holds of an earlier start.
@@ -128,6 +128,12 @@ class Mirror:
       for name in self._PULLED:
         if (self.folder / name).exists():
           (self.local / name).write_bytes((self.folder / name).read_bytes())
+      # TensorBoard's files are written anew (`training.event_file`), the earlier ones emptied: they
+      # need not be read, but known.
+      if (self.folder / self._EVENTS).exists():
+        for path in (self.folder / self._EVENTS).glob('events.out.tfevents.*'):
+          (self.local / self._EVENTS).mkdir(exist_ok=True)
+          (self.local / self._EVENTS / path.name).touch()
     # The file systems of the object stores have no common class for "there is no access".
     except Exception as error:
       reason = ' '.join(str(error).split())[:160] or type(error).__name__

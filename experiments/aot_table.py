@@ -31,6 +31,7 @@ _GIB = 2**30
 _MODELS = {'qwen25_7b': 'Qwen2.5 7B', 'qwen25_14b': 'Qwen2.5 14B'}
 _TOPOLOGIES = ('v5e:4x4', 'v5e:8x8', 'v5e:16x16', 'v5p:2x2x1', 'v5p:4x4x4', 'v5p:8x8x8', 'v6e:2x4',
                'v6e:16x16')
+_PREFILL_TOPOLOGIES = ('v5e:4x4', 'v5p:2x2x1', 'v6e:2x4')
 _SCALING = ('v5e:16x16', (1, 2, 4))
 # Long contexts: four rows at a time, since one for each device of a v6e does not fit.
 _LONG, _LONG_ROWS = 32_768, 4
@@ -77,6 +78,8 @@ def cells() -> list[Cell]:
   """All cells, in the order of the table."""
   found = [Cell(model, program, topology) for model in _MODELS for program in ('train', 'decode')
            for topology in _TOPOLOGIES]
+  found += [Cell(model, 'prefill', topology) for model in _MODELS
+            for topology in _PREFILL_TOPOLOGIES]
   topology, slices = _SCALING
   found += [Cell(model, 'train', topology, n) for model in _MODELS for n in slices if n > 1]
   found += [Cell(model, 'train', topology, row_len=_LONG, batch_rows=_LONG_ROWS)
@@ -158,7 +161,9 @@ def _table(
 
 def section(record: Mapping[str, Any]) -> str:
   """The tables as Markdown, with what they are."""
-  done, measured = record['cells'], record['measured']
+  from experiments import aot_programs  # Needs jax, which --help does not wait for.
+
+  done, measured, shapes = record['cells'], record['measured'], aot_programs.Settings()
   lacking = [cell.name for cell in cells() if cell.name not in done]
   parts = [
     'Nothing here has run on a TPU or an H200. The programs were compiled for them by their own '
@@ -170,6 +175,8 @@ def section(record: Mapping[str, Any]) -> str:
     f'loss.\n\n{_table("train", done)}',
     'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full.\n\n'
     f'{_table("decode", done)}',
+    f'Prefill: {shapes.blocks} blocks of {shapes.block_len} new tokens a dispatch into such slots; '
+    f'every data shard computes all of them.\n\n{_table("prefill", done)}',
     f'Training on {_LONG_ROWS} rows of {_LONG:,} tokens at a time.\n\n'
     f'{_table("train", done, _LONG)}']
   if points(done):

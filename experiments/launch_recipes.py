@@ -11,6 +11,8 @@ MACHINES = ('here', 'slurm', 'gpus', 'tpu', 'xpk')
 _INSTALL = (
   'python3.11 -m venv .venv && .venv/bin/pip install -c constraints.txt -r requirements.txt '
   '"jax[{extra}]==0.10.2"')
+# The workers of a slice share no disk: their --workdir is a bucket, which gcsfs writes.
+_INSTALL_TPU = _INSTALL.format(extra='tpu') + ' gcsfs'
 
 
 def _shell(line: Sequence[str]) -> str:
@@ -51,7 +53,7 @@ def slurm(runs: Mapping[str, Sequence[str]], resources: Mapping) -> str:
     lines.append(f'#SBATCH --partition={resources["slurm_partition"]}')
   lines += [
     f'#SBATCH --time={resources.get("timeout_min", 1440)}',
-    '# Two minutes before the end, and when the node is wanted: save, and queue again.',
+    '# Two minutes before the end, and when the node is wanted: save and exit with 143.',
     '#SBATCH --signal=TERM@120',
     '#SBATCH --requeue',
     'case $SLURM_ARRAY_TASK_ID in',
@@ -59,7 +61,13 @@ def slurm(runs: Mapping[str, Sequence[str]], resources: Mapping) -> str:
   for number, line in enumerate(runs.values()):
     line = together(line) if processes(resources) > 1 else line
     lines.append(f'  {number}) srun {_shell(line)} ;;')
-  lines.append('esac')
+  lines += [
+    'esac',
+    'code=$?',
+    '# Saved, and not done: queue again.',
+    f'[ $code = {errors.EXIT_PREEMPTED} ] && '
+    'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+    'exit $code']
   return '\n'.join(lines)
 
 
@@ -82,8 +90,8 @@ def tpu(runs: Mapping[str, Sequence[str]], resources: Mapping) -> str:
     f'gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type={kind} '
     f'--version={image}',
     f'{copy} . NAME:hintsight',
-    every + shlex.quote(f'cd hintsight && {_INSTALL.format(extra="tpu")}'),
-    '# The workers share no disk, so --workdir is a bucket (pip install gcsfs on every worker):',
+    every + shlex.quote(f'cd hintsight && {_INSTALL_TPU}'),
+    '# The workers share no disk, so --workdir is a bucket:',
   ]
   for line in runs.values():
     lines.append(every + shlex.quote(f'cd hintsight && {_shell(together(line))}'))
@@ -98,7 +106,7 @@ def xpk(runs: Mapping[str, Sequence[str]], resources: Mapping) -> str:
   lines = ['pip install xpk',
            '# --workdir is a bucket; --script-dir is sent as it is, with the data in it:']
   for name, line in runs.items():
-    command = f'{_INSTALL.format(extra="tpu")} && {_shell(together(line))}'
+    command = f'{_INSTALL_TPU} && {_shell(together(line))}'
     workload = ''.join(c if c.isalnum() else '-' for c in name.lower()).strip('-')[:38]
     lines.append(
       f'xpk workload create --cluster=CLUSTER --project=PROJECT --zone=ZONE '

@@ -343,6 +343,9 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(rooms, finished, tmp_path,
     line['step'] for line in read_metrics(finished[1])]
   assert {p.name for p in run.iterdir()} >= {
     'config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'adapter', 'summary.json'}
+  # Every step is in one of its event files alone.
+  assert [p.stat().st_size > 0 for p in sorted(
+    (run / 'tensorboard').iterdir(), key=lambda p: p.stat().st_size)] == [False, True]
   # It is found finished, too.
   assert train.run(config, 'gs://bucket/run')['steps'] > 8
 
@@ -412,7 +415,7 @@ def test_a_loss_that_is_no_number_stops_the_run(rooms, tmp_path):
   config = train_config.make(
     values(rooms, learning_rate=1e30, warmup_fraction=0.0, clip_norm=0.0, checkpoint_every=1)
   )
-  with pytest.raises(UserError, match=r'^Step 1: loss'):
+  with pytest.raises(UserError, match=r'^Step 2: loss'):
     train.run(config, tmp_path)
   assert not (tmp_path / 'adapter').exists()
   kept = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
@@ -456,9 +459,24 @@ def test_episodes_of_another_tokenizer_are_refused(rooms, tmp_path):
     train.run(train_config.make(values(rooms, data=str(tmp_path / 'other'))), tmp_path / 'run')
 
 
-def test_a_too_long_episode_is_counted(rooms, tmp_path):
+def test_a_too_long_episode_is_counted(rooms, tmp_path, capsys):
   record = train.run(train_config.make(values(rooms, row_len=40, epochs=0.5)), tmp_path)
-  assert record['episodes']['too_long'] > 0
+  count = record['episodes']['too_long']
+  assert count > 0
+  shown = ''.join(capsys.readouterr())
+  assert f'{count} episodes are longer than row_len=40 and left out; the longest has ' in shown
+
+
+def test_an_adapter_for_a_model_that_reads_images_too(rooms, tmp_path):
+  config = values(rooms, model='gemma3_4b', epochs=0.5)
+  assert config['base'] == 'random' and config['shrink']
+  train.run(train_config.make(config), tmp_path)
+  settings = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
+  # As it is published, its layers lie deeper, and those for images have the same names.
+  assert settings['base_model_name_or_path'] == 'google/gemma-3-4b-it'
+  assert 'language_model' in settings['target_modules']
+  names = safetensors.numpy.load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')
+  assert names and all('.language_model.layers.' in name for name in names)
 
 
 @pytest.mark.slow

@@ -36,7 +36,8 @@ class Metrics:
   A record covers `log_every` steps: `loss` is their mean, `step_s` the seconds that a step took,
   `data_s` those of it in which this process made and sent its rows (the device waits for them only
   where they are longer than its own), `tokens_per_s` counts tokens that are no padding, `mfu` is
-  the share of the devices' peak, where that is known, and `memory_bytes` as `memory_bytes` says.
+  what these tokens need of the devices' peak, where that is known (padding and what is computed
+  again are no use), and `memory_bytes` as `memory_bytes` says.
   The other values are those of the last step.
 
   Attributes:
@@ -51,7 +52,7 @@ class Metrics:
     start: int,
     log_every: int,
     *,
-    step_flops: float = 0.0,
+    token_flops: float = 0.0,
     peak_flops: float | None = None,
   ):
     """Opens files and bar.
@@ -63,11 +64,11 @@ class Metrics:
       num_steps: of the whole run.
       start: steps done before.
       log_every: steps a record covers.
-      step_flops: floating point operations of a step.
+      token_flops: floating point operations of a token that is no padding, on average.
       peak_flops: of all devices a second; None where it is not known.
     """
     self._log_every, self._last = log_every, num_steps - 1
-    self._step_flops, self._peak_flops = step_flops, peak_flops
+    self._token_flops, self._peak_flops = token_flops, peak_flops
     self._file = self._events = None
     kept = []
     if path is not None and path.exists():
@@ -115,8 +116,8 @@ class Metrics:
       values = {name: float(value) for name, value in values.items()}
       if not (math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])):
         raise UserError(
-          f'Step {each.step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}; training '
-          'stopped and the last checkpoint is kept. Lower learning_rate or set clip_norm.'
+          f'Step {each.step + 1}: loss {values["loss"]}, gradient norm {values["grad_norm"]}; '
+          'training stopped and the last checkpoint is kept. Lower learning_rate or set clip_norm.'
         )
       self.tokens += each.num_tokens
       self._window.append((each, values))
@@ -144,7 +145,7 @@ class Metrics:
       'memory_bytes': memory_bytes(),
     }
     if self._peak_flops:
-      record['mfu'] = self._step_flops / step_s / self._peak_flops
+      record['mfu'] = record['tokens_per_s'] * self._token_flops / self._peak_flops
     self.last_loss = record['loss']
     if self._file is not None:
       self._file.write(json.dumps(record) + '\n')

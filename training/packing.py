@@ -67,6 +67,12 @@ class Rows:
     return int(self.loss_mask.sum())
 
   @property
+  def context(self) -> float:
+    """Keys that a token reads, on average: those of its segment up to itself."""
+    used = self.segment_ids > 0
+    return float((self.positions[used] + 1).mean()) if used.any() else 0.0
+
+  @property
   def efficiency(self) -> float:
     """Share of the rows' places that hold a token, 0 to 1."""
     return self.num_tokens / max(1, self.tokens.size)

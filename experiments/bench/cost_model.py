@@ -78,14 +78,15 @@ def measure(config, *, rows: int, row_len: int, steps: int, remat: str, seed: in
   product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
   array = jnp.ones((_COPY,), jnp.float32)
   copy = jax.jit(lambda x: x + 1)
+  frozen = step_lib.as_read(model.frozen)
   works = {'product': lambda: [product(factor) for _ in range(20)], 'copy': lambda: copy(array)}
   seconds: dict[str, list[float]] = {'product': [], 'copy': [], 'step': []}
   with jax.set_mesh(mesh):
-    compiled = step.lower(state, model.frozen, batch).compile()
+    compiled = step.lower(state, frozen, batch).compile()
     for turn in range(steps + 1):
       own = {name: cpu_seconds(work) for name, work in works.items()}
       start = time.process_time()
-      state, values = step(state, model.frozen, batch)
+      state, values = step(state, frozen, batch)
       float(values['loss'])
       own['step'] = time.process_time() - start
       if turn:  # The first compiles.
@@ -97,8 +98,9 @@ def measure(config, *, rows: int, row_len: int, steps: int, remat: str, seed: in
   predicted = predict(
     model, dict(mesh.shape), rows, row_len, losses, remat, flops_per_s, bytes_per_s)
   return {
-    'model': config.name, 'rows': rows, 'row_len': row_len, 'loss_tokens': losses, 'remat': remat,
-    'steps': steps, 'program_bytes': remat_lib.program_bytes(compiled),
+    'model': config.name, 'dtype': config.dtype, 'rows': rows, 'row_len': row_len,
+    'loss_tokens': losses, 'remat': remat, 'steps': steps,
+    'program_bytes': remat_lib.program_bytes(compiled),
     'flops_per_cpu_s': flops_per_s, 'bytes_per_cpu_s': bytes_per_s,
     'measured_s': middle['step'], 'range_s': [min(seconds['step']), max(seconds['step'])],
     'predicted_s': predicted,
@@ -111,7 +113,8 @@ def section(record: dict[str, Any]) -> str:
   measured, predicted, ratio = record['measured'], record['predicted_s'], record['ratio']
   low, high = record['range_s']
   return (
-    f'A LoRA step of {record["model"]}, {record["rows"]} rows of {record["row_len"]} tokens, '
+    f'A LoRA step of {record["model"]} in {record["dtype"]}, {record["rows"]} rows of '
+    f'{record["row_len"]} tokens, '
     f'{record["loss_tokens"]} with a loss, in CPU seconds, beside a product at '
     f'{record["flops_per_cpu_s"] / 1e9:.0f} GFLOP/s and a copy at '
     f'{record["bytes_per_cpu_s"] / 1e9:.1f} GB/s of CPU time in the same run:\n\n'
@@ -129,7 +132,7 @@ def section(record: dict[str, Any]) -> str:
 
 def main(_) -> None:
   values = flags.FLAGS
-  config = registry.get_config(values.model, dtype='bfloat16')
+  config = registry.get_config(values.model, dtype=speed.settle_dtype('auto'))
   record = measure(
     config, rows=values.rows, row_len=values.row_len, steps=values.steps, remat=values.remat)
   record['measured'] = summary.measured(

@@ -447,6 +447,10 @@ def main(_) -> None:
   # The runs are processes of their own: a GPU's memory is theirs.
   jax.config.update('jax_platforms', 'cpu')
   values = {name: flags.FLAGS[name].value for name in _FLAGS}
+  if values['dtype'] == 'auto':
+    from training import speed
+
+    values['dtype'] = 'bfloat16' if values['device'] == 'gpu' else speed.settle_dtype('auto')
   record = run(values)
   print(table(record))
   out = pathlib.Path(flags.FLAGS.out)
@@ -460,7 +464,8 @@ if __name__ == '__main__':
   flags.DEFINE_string('peer_settings', '', 'LAYOUT-DTYPE-MODE,... of the peer; all by default.')
   flags.DEFINE_string('model', 'smollm2_135m', 'A name of models/registry.py, or a model folder.')
   flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where both train.')
-  flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of our products.')
+  flags.DEFINE_enum(
+    'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of our products; auto: the faster here.')
   flags.DEFINE_string('remat', 'none', 'Ours: what the backward pass computes again.')
   flags.DEFINE_string(
     'attention', 'auto', 'Ours: auto, blocks, kernel; a comma list times each.')

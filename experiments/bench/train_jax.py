@@ -55,11 +55,8 @@ def run(job: dict) -> dict:
       losses.append(float(values['loss']))  # Waits: a step's time is its own.
       seconds.append(time.perf_counter() - started)
       tokens.append(int((batch['segment_ids'] > 0).sum()))
-  used = rows.segment_ids > 0
-  # Causal attention within segments: a token at place p reads p + 1 keys.
-  context = float((rows.positions[used] + 1).mean())
   flops = cost.train_flops(
-    model.config, model.lora_config, rows.num_tokens, rows.num_loss_tokens, context)
+    model.config, model.lora_config, rows.num_tokens, rows.num_loss_tokens, rows.context)
   warm = job['warm_steps']
   return {
     'seconds': seconds[warm:], 'tokens': tokens[warm:], 'losses': losses,

@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from data import errors, workdir
+from training import event_file
 
 
 def test_the_config_is_written_once_and_guards_the_folder(tmp_path):
@@ -103,6 +104,20 @@ def test_a_remote_folder_gets_what_has_changed(bucket):
   again = workdir.Mirror('gs://bucket/run')
   assert again.local != mirror.local
   assert (again.local / 'metrics.jsonl').read_text() == '1\n2\n'
+
+
+def test_the_curves_of_a_stopped_start_are_shown_once(bucket):
+  names = []
+  for _ in range(2):
+    mirror = workdir.Mirror('gs://bucket/run')
+    events = event_file.EventFile(mirror.local / 'tensorboard', [{'step': 1, 'loss': 1.0}])
+    events.close()
+    [new] = {p for p in (mirror.local / 'tensorboard').iterdir() if p.stat().st_size}
+    # Another machine: its file has another name.
+    names.append(new.rename(new.with_name(f'{new.name}.{len(names)}')).name)
+    mirror.push()
+  kept = bucket / 'run' / 'tensorboard'
+  assert [(kept / name).stat().st_size > 0 for name in names] == [False, True]
 
 
 def test_a_local_folder_is_its_own_mirror(tmp_path):

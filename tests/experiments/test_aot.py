@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -46,6 +48,18 @@ def test_a_train_step_with_its_kernel_is_compiled_for_v5e(tmp_path):
   shown = aot.table(record)
   assert 'It fits.' in shown and 'of the 15.75 GiB' in shown and 'all-reduce' in shown
   json.dumps(record)
+
+
+@needs_libtpu
+@pytest.mark.parametrize('rows, code', [(8, 0), (4096, 1)])
+def test_the_command_prints_a_record_and_exits_with_1_when_it_does_not_fit(rows, code):
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.aot', '--model=smollm2_135m', '--topology=v5e:2x2',
+     '--program=decode', f'--slots={rows}', '--max_len=1024', '--json'],
+    capture_output=True, text=True)
+  assert done.returncode == code, done.stderr
+  record = json.loads(done.stdout)
+  assert record['fits'] == (code == 0) and bool(record.get('would_fit')) == (code == 1)
 
 
 @needs_libtpu
@@ -198,7 +212,7 @@ def fake(cell):
 
 def test_the_table_goes_on_where_it_was_and_shows_what_lacks(tmp_path, monkeypatch):
   done = aot_table.cells()
-  assert len({cell.name for cell in done}) == len(done) == 49
+  assert len({cell.name for cell in done}) == len(done) == 55
   # Two cells are there, one of which was refused.
   one, other = (c for c in done if c.model == 'qwen25_7b' and c.topology == 'v5e:16x16'
                 and c.program == 'train' and c.slices < 4)
@@ -212,7 +226,7 @@ def test_the_table_goes_on_where_it_was_and_shows_what_lacks(tmp_path, monkeypat
   record = aot_table.collect(tmp_path, {})
   page = aot_table.section(record)
   assert '| v5e:16x16 x 2 | 32 |' in page and '13.0 of 16.0, does not fit' in page
-  assert 'Not compiled yet: ' in page and '2 of 49 cells' in page and aot_table.PLOT.name in page
+  assert 'Not compiled yet: ' in page and '2 of 55 cells' in page and aot_table.PLOT.name in page
   drawn = aot_table.plot(record['cells'])
   assert drawn.startswith('<svg') and 'Qwen2.5 7B' in drawn and 'nan' not in drawn
   # What lacks is compiled, what is there is not.

@@ -174,13 +174,20 @@ def test_the_recipe_for_slurm():
     assert f'#SBATCH {option}' in lines
   assert sum('srun .venv/bin/python train.py --coordinator=auto' in line for line in lines) == 2
   assert subprocess.run(['bash', '-n'], input=text, text=True).returncode == 0
+  # What was stopped has saved, and is queued again; nothing else is.
+  for code, queued in ((143, 'requeue 7_1\n'), (1, ''), (0, '')):
+    fakes = f'srun() {{ return {code}; }}; scontrol() {{ echo "$@"; }}\n'
+    done = subprocess.run(
+      ['/bin/bash'], input=fakes + text, text=True, capture_output=True,
+      env={'SLURM_ARRAY_JOB_ID': '7', 'SLURM_ARRAY_TASK_ID': '1', 'PATH': ''})
+    assert (done.stdout, done.returncode) == (queued, code), done.stderr
   # One process needs nobody to find.
   assert '--coordinator' not in launch_recipes.slurm(RUNS, {'gpus_per_node': 1})
 
 
 def test_the_recipe_for_a_tpu_pod_slice():
   text = launch_recipes.tpu(RUNS, {'tpu_type': 'v5litepod-16'})
-  assert '--accelerator-type=v5litepod-16' in text and 'jax[tpu]' in text
+  assert '--accelerator-type=v5litepod-16' in text and 'jax[tpu]==0.10.2" gcsfs' in text
   runs = [line for line in text.splitlines() if 'train.py' in line]
   assert len(runs) == 2
   for seed, line in enumerate(runs):
@@ -196,6 +203,8 @@ def test_the_recipe_for_xpk():
   assert len(runs) == 2
   assert all('--tpu-type=v6e-256 --num-slices=2' in line for line in runs)
   assert '--workload=seed-0 ' in runs[0] and '--coordinator=auto' in runs[0]
+  # A fresh image, and a bucket to write to.
+  assert all(' gcsfs && ' in line and '--workdir=gs://' in line for line in runs)
   assert subprocess.run(['bash', '-n'], input=text, text=True).returncode == 0
 
 

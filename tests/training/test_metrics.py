@@ -163,7 +163,7 @@ def test_lost_event_files_come_back(tmp_path):
 def test_a_step_that_is_no_number_is_in_neither(tmp_path):
   metrics = train(tmp_path, 0, 3)
   metrics.add(3, values(3) | {'loss': np.float32('nan')}, 100)
-  with pytest.raises(UserError, match='Step 3: loss nan'):
+  with pytest.raises(UserError, match='Step 4: loss nan'):
     metrics.add(4, values(4), 100)
   metrics.close()
   assert len(records(tmp_path)) == 3
@@ -191,7 +191,7 @@ def test_a_step_is_read_when_the_next_one_has_been_given(tmp_path, monkeypatch):
 def test_a_record_says_how_fast_it_was(tmp_path, monkeypatch):
   clock = iter([100.0, 104.0])
   monkeypatch.setattr('training.metrics.time.perf_counter', lambda: next(clock))
-  metrics = Metrics(tmp_path / 'metrics.jsonl', 2, 0, 2, step_flops=3e9, peak_flops=6e9)
+  metrics = Metrics(tmp_path / 'metrics.jsonl', 2, 0, 2, token_flops=3e7, peak_flops=6e9)
   for step in range(2):
     metrics.add(step, values(step), 100, data_s=0.25 * (step + 1))
   metrics.flush()
@@ -202,7 +202,7 @@ def test_a_record_says_how_fast_it_was(tmp_path, monkeypatch):
   # Where the devices' peak is not known, nothing is made up.
   monkeypatch.undo()
   (tmp_path / 'unknown').mkdir()
-  unknown = Metrics(tmp_path / 'unknown' / 'metrics.jsonl', 1, 0, 1, step_flops=3e9)
+  unknown = Metrics(tmp_path / 'unknown' / 'metrics.jsonl', 1, 0, 1, token_flops=3e7)
   unknown.add(0, values(0), 100)
   unknown.flush()
   unknown.close()

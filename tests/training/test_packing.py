@@ -48,7 +48,9 @@ def test_best_fit_is_tight_and_deterministic():
   assert first.digest() == second.digest()
   # The bound of best-fit decreasing: 11/9 of the optimum, which is at least the sum of lengths.
   assert first.num_rows <= np.ceil(first.num_tokens / 512) * 11 / 9 + 1
-  assert pack(make_examples([6, 5, 4, 3, 2]), 10).efficiency == 1.0
+  full = pack(make_examples([6, 5, 4, 3, 2]), 10)
+  # A token reads the keys of its own segment, up to itself.
+  assert full.efficiency == 1.0 and full.context == (21 + 15 + 10 + 6 + 3) / 20
   changed = [*examples[:-1], Example(examples[-1].tokens + 1, examples[-1].loss_mask, 'x')]
   assert pack(changed, 512).digest() != first.digest()
 
