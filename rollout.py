@@ -193,14 +193,10 @@ def run(
   common.check_engine(config)
   if config.slot_groups < 1:
     raise errors.UserError('slot_groups must be at least 1.')
+  from agents import policy as policy_lib
   if not expert:
-    from training import speed
-
     config = config.copy_and_resolve_references()
-    # Of a base that is loaded already it is settled.
-    config.dtype = speed.settle_dtype(
-      config.dtype if base is None else base.config.dtype, workdir,
-      own_kernels=config.base_quantization == 'none' and not config.mesh)
+    config.dtype = policy_lib.settle_dtype(config, base, workdir)
   workdir_lib.check_workdir(workdir, config.to_dict(), free_keys=_FREE_KEYS)
   suite = make_suite(config)
   tasks = choose_tasks(suite, config.split, config.episodes, config.skip)
@@ -219,7 +215,6 @@ def run(
     tasks = experience_memory.task_order(tasks, config.seed)
 
   # 2. The policy. The expert needs a tokenizer only: its replies get the ids a model would sample.
-  from agents import policy as policy_lib
   if expert:
     model_name = 'expert'
     tokenizer = policy_lib.load_tokenizer(config.model, config.base, config.tokenizer)

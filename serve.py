@@ -57,13 +57,9 @@ def make_server(config: ml_collections.ConfigDict, base=None):
     config.adapters, base.name if base is not None else config.model)
 
   from agents import policy
-  from training import speed
 
   config = config.copy_and_resolve_references()
-  # Of a base that is loaded already it is settled.
-  config.dtype = speed.settle_dtype(
-    config.dtype if base is None else base.config.dtype,
-    own_kernels=config.base_quantization == 'none')
+  config.dtype = policy.settle_dtype(config, base)
   for folder in adapters.values():
     policy.check_adapter(folder)
   if base is None:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from data import errors
 from data.tokenizer import Tokenizer
 from inference.lookup import LookupConfig
 from models import adapters as adapters_lib
-from models import decoder, pretrained, registry, stored, weights
+from models import decoder, incremental, pretrained, registry, stored, weights
 from models.lora import LoraConfig
 
 
@@ -160,6 +161,34 @@ def load_base(
   read = Tokenizer.load(tokenizer or path)
   _check_vocabulary(config, read)
   return Base(model if named else config.name, config, read, params, seed)
+
+
+def settle_dtype(config: Any, base: Base | None, workdir: str | os.PathLike | None = None) -> str:
+  """What a run plays in where its config says auto: what it began with, or the faster here.
+
+  Args:
+    config: with the keys of `load_base`, and `mesh` where it can have one.
+    base: that is loaded already; its dtype is settled.
+    workdir: the run's folder; None: there is none.
+  """
+  from training import speed
+
+  if base is not None:
+    return base.config.dtype
+
+  def own_kernels() -> bool:
+    if config.get('mesh'):
+      return False
+    if config.model in registry.CONFIGS:
+      architecture = registry.get_config(config.model)
+    elif pathlib.Path(config.model).exists():
+      architecture, _ = weights.load_pretrained(config.model)
+    else:
+      return False  # What is wrong, `load_base` says.
+    return incremental.can_be_native(dataclasses.replace(
+      architecture, dtype='bfloat16', base_quantization=config.base_quantization))
+
+  return speed.settle_dtype(config.dtype, workdir, own_kernels=own_kernels)
 
 
 def engine_options(config: Any) -> dict[str, Any]:

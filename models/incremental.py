@@ -17,6 +17,7 @@ from flax import nnx
 
 from models import decoder, kv_cache, native
 from models.attention import cached_attention, decode_attention
+from models.families import DecoderConfig
 from models.kv_cache import KVCache
 from models.layers import from_bits, to_bits
 
@@ -31,7 +32,9 @@ def prepare_for_decode(model: decoder.Model) -> decoder.Model:
   the kernels are transposed, too, where its own products (`models.native`) can take them. A model
   that is prepared already is returned as it is, so that several engines can share its arrays.
   """
-  native_too = _can_be_native(model)
+  leaves = jax.tree.leaves((model.lora, model.frozen))
+  native_too = can_be_native(model.config) and all(
+    len(leaf.sharding.device_set) == 1 for leaf in leaves)
   unrolled = decoder.abstract(model.config, model.lora_config, unrolled=True, native=native_too)
   if model.graphdef == unrolled.graphdef:
     return model
@@ -54,10 +57,8 @@ def prepare_for_decode(model: decoder.Model) -> decoder.Model:
     frozen=decoder.map_params(fill, unrolled.frozen))
 
 
-def _can_be_native(model: decoder.Model) -> bool:
-  """Whether `models.native` can take all of a model's kernels, on the one CPU where they are."""
-  config = model.config
-  leaves = jax.tree.leaves((model.lora, model.frozen))
+def can_be_native(config: DecoderConfig) -> bool:
+  """Whether `models.native` can take all kernels of such a model, on one CPU."""
   widths = (
     config.embed_dim, config.mlp_dim, config.vocab_size, config.num_kv_heads * config.head_dim,
     config.num_heads * config.head_dim)
@@ -65,7 +66,6 @@ def _can_be_native(model: decoder.Model) -> bool:
     config.dtype == config.weight_dtype == 'bfloat16'
     and config.base_quantization == 'none'
     and not any(width % native.MULTIPLE for width in widths)
-    and all(len(leaf.sharding.device_set) == 1 for leaf in leaves)
     and native.available())
 
 

@@ -6,11 +6,12 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from models import chips, native
+from models import chips
 
 # Share of the machine's own product rate that a whole step reaches: what is not a product
 # (attention's softmax, norms, the optimizer) costs the rest. Of SmolLM2 on 2 CPU
@@ -37,7 +38,8 @@ def product_rate(dtype: str) -> float:
 
 
 def settle_dtype(
-  dtype: str, workdir: str | os.PathLike | None = None, *, own_kernels: bool = False
+  dtype: str, workdir: str | os.PathLike | None = None, *,
+  own_kernels: Callable[[], bool] = lambda: False,
 ) -> str:
   """What a run multiplies in where its config says 'auto', 'bfloat16' or 'float32'.
 
@@ -50,7 +52,7 @@ def settle_dtype(
     dtype: of the config.
     workdir: the run's folder, whose config.json says what an earlier start took; None: there is
       none.
-    own_kernels: whether those of `models.native` multiply where there are any.
+    own_kernels: whether those of `models.native` multiply, asked on a CPU alone.
   """
   if dtype != 'auto':
     return dtype
@@ -61,7 +63,7 @@ def settle_dtype(
       before = json.loads((pathlib.Path(workdir) / 'config.json').read_text()).get('dtype')
   if before in ('bfloat16', 'float32'):
     return before
-  if jax.default_backend() != 'cpu' or (own_kernels and native.available()):
+  if jax.default_backend() != 'cpu' or own_kernels():
     return 'bfloat16'
   return max(('bfloat16', 'float32'), key=product_rate)
 

@@ -6,8 +6,9 @@ import pytest
 from agents import policy
 from configs import rollout, serve
 from data import errors
-from models import decoder, lora, weights
+from models import decoder, lora, native, weights
 from tests.agents import fakes
+from training import speed
 
 
 @pytest.fixture(scope='module')
@@ -110,3 +111,18 @@ def test_the_expert_s_tokenizer_is_the_model_s(smollm2_path, tokenizer_path):
   found = policy.load_tokenizer('smollm2_135m')
   assert found.fingerprint == policy.load_tokenizer(str(smollm2_path)).fingerprint
   assert policy.load_tokenizer('smollm2_135m', tokenizer=tokenizer_path).vocab_size == 449
+
+
+@pytest.mark.parametrize('change, taken', [
+  ({}, 'bfloat16'), ({'mesh': '1,1,2'}, 'float32'), ({'base_quantization': 'int8'}, 'float32'),
+  ({'model': 'experiments/small_decoder'}, 'float32'), ({'model': 'nowhere'}, 'float32'),
+  ({'dtype': 'bfloat16', 'mesh': '1,1,2'}, 'bfloat16')])
+def test_bfloat16_is_for_models_that_the_own_kernels_take(monkeypatch, change, taken):
+  monkeypatch.setattr(native, 'available', lambda: True)
+  monkeypatch.setattr(speed, 'product_rate', {'bfloat16': 1e11, 'float32': 2e11}.__getitem__)
+  config = rollout.make({'dtype': 'auto', **change})
+  assert policy.settle_dtype(config, None) == taken
+
+
+def test_a_loaded_base_says_what_it_plays_in(base):
+  assert policy.settle_dtype(rollout.make({'dtype': 'auto'}), base) == base.config.dtype
