@@ -288,7 +288,10 @@ def measure_play(bench: _Bench) -> dict[str, Any]:
         f'{predict_minutes(values, turns, played["wall_s"]):.0f} minutes in all', flush=True)
   name, setting, rates = best_of(bench, 'ours', 'jax')
   whole = {'kind': 'replay', 'turns': 0}
-  ours = {'setting': name, 'tastes': rates, 'after': None,
+  # Their records are there.
+  drafts = {taste: bench.run(f'ours.taste.{taste}', 'jax', {})['stats']['accepted_per_step']
+            for taste in rates if 'lookup' in taste}
+  ours = {'setting': name, 'tastes': rates, 'drafts': drafts, 'after': None,
           'run': bench.run('ours.whole', 'jax', {**whole, **setting})}
   engines = {'transformers': ('reprefill', 'cached'), 'llama_cpp': ('llama_cpp',)}
   for peer in values['peer']:

@@ -46,9 +46,10 @@ def summarise_play(
 
   Args:
     played: of `rollout_jax.play`.
-    ours: of our replays {'setting', 'tastes', 'run', 'after'}: the last one is the share of its
-      speed that a taste has after the peers, None without any.
-    peers: likewise without 'after', by engine.
+    ours: of our replays {'setting', 'tastes', 'run', 'drafts', 'after'}: 'drafts' has of each taste
+      with drafts the tokens that a verifying step accepts; 'after' is the share of its speed that a
+      taste has after the peers, None without any.
+    peers: likewise but for the last two, by engine.
     compared: `agreement` with ours, by peer.
   """
   steps = played['env_steps'] / played['episodes']
@@ -57,7 +58,8 @@ def summarise_play(
   record = {
     'free': {**rates(played, steps), 'terminations': played['terminations'],
              'compile_first_s': played['compile_first_s'], 'stats': played['stats']},
-    'ours': {**engine(ours), 'after': ours['after'], 'stats': ours['run']['stats']},
+    'ours': {**engine(ours), 'drafts': ours['drafts'], 'after': ours['after'],
+             'stats': ours['run']['stats']},
     'peers': {name: engine(found) for name, found in peers.items()},
     'agreement': dict(compared), 'device_name': played['device_name']}
   for name, found in record['peers'].items():
@@ -122,6 +124,10 @@ def _play_lines(play: Mapping[str, Any]) -> list[str]:
   after = '' if ours['after'] is None else (
     f'; its first turns, after the peers: {ours["after"]:.0%} of the speed before')
   lines.append(f'ours replays at {ours["setting"]}{after}')
+  lines += [
+    f'{name}: {accepted:.2f} tokens of a draft accepted a verifying step, '
+    f'{ours["tastes"][name]:,.0f} episodes/h on the first turns (best: '
+    f'{max(ours["tastes"].values()):,.0f})' for name, accepted in ours['drafts'].items()]
   lines += [
     f'{row["ratio"]:.2f} times {_NAMES[name]} ({row["setting"]}, {row["episodes"]} episodes); '
     f'at least {row["goal"]:g} times: '

@@ -189,9 +189,11 @@ def record(wall_s, **more):
 def test_sums_and_goals():
   played = record(10.0, env_steps=40, terminations={'step_limit': 4}, compile_first_s=1.0,
                   device_name='cpu')
-  one = lambda wall, **more: {'setting': 'x', 'tastes': {}, 'run': record(wall), **more}
+  one = lambda wall, **more: {
+    'setting': 'x', 'tastes': {'a': 99.0}, 'run': record(wall), **more}
   play = rollout_page.summarise_play(
-    played, one(10.0, after=0.97), {'cached': one(20.0), 'reprefill': one(90.0)},
+    played, one(10.0, after=0.97, drafts={'a': 0.25}),
+    {'cached': one(20.0), 'reprefill': one(90.0)},
     {'transformers': {'share': 0.999, 'places': 1000, 'different': 1, 'near_ties': 1,
                       'largest_gap': 1e-4}})
   assert play['ours']['episodes_per_hour'] == pytest.approx(4 * 3600 / 10)
@@ -202,6 +204,7 @@ def test_sums_and_goals():
   text = rollout_page.table({'play': play})
   assert '2.00 times' in text and 'NOT reached' in text and '99.90%' in text
   assert 'after the peers: 97% of' in text
+  assert 'a: 0.25 tokens of a draft accepted a verifying step' in text
 
 
 def test_the_plot_leaves_out_what_failed():
@@ -322,7 +325,7 @@ def test_a_small_run_and_the_same_again(tmp_path):
     sys.executable, '-m', 'experiments.bench.rollout', f'--workdir={tmp_path / "run"}',
     f'--out={out}', '--peer=transformers',
     f'--config=configs/bench_rollout.py:model={folder},episodes=2,slots=2,max_env_steps=2,'
-    'max_calls=3,max_context=1024,dtypes=float32,peer_dtypes=float32,scaling_turns=2,lookups=0,'
+    'max_calls=3,max_context=1024,dtypes=float32,peer_dtypes=float32,scaling_turns=2,lookups=0,4,'
     'decode_slots=1,2,decode_contexts=32,decode_tokens=16,scaling_slots=1,2,scaling_contexts=16,'
     'context_slots=2']
   done = subprocess.run(command, capture_output=True, text=True)
@@ -335,6 +338,7 @@ def test_a_small_run_and_the_same_again(tmp_path):
   assert play['peers']['cached']['generated'] == play['ours']['generated'] == (
     play['free']['generated'])
   ours = play['ours']
+  assert {name.partition('-')[2] for name in ours['drafts']} == {'1-lookup4', '2-lookup4'}
   assert play['peers']['cached']['prefilled'] == ours['prefilled'] + ours['copied']
   assert [row['slots'] for row in found['decode']['rows']] == [1, 2]
   assert all(row['share_of_bound'] > 0 and not row['retraced'] and math.isfinite(row['bound_s'])
