@@ -315,22 +315,21 @@ class Scheduler:
     with self._changed:
       waiting = list(self._waiting)
     for request in waiting:
-      table, why = None, ''
-      if not request.cancelled:
-        try:
-          table = self._table(request)
-        # One that could not be made, for want of memory say, takes none of the others with it.
-        except Exception as error:
-          traceback.print_exc(file=sys.stderr)
-          why = (f'no engine for these temperature and top_p could be made '
-                 f'({type(error).__name__}); ask with those of other requests')
-        if table is None and not why:
-          continue
+      try:
+        table = None if request.cancelled else self._table(request)
+      # An engine that cannot be made, for want of memory say, takes none of the others with it.
+      except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        request.cancelled = True
+        table = None
+        request.events.put(('error', (
+          f'no engine for these temperature and top_p could be made ({type(error).__name__}); ask '
+          'with those of other requests')))
+      if table is None and not request.cancelled:
+        continue
       with self._changed:
         self._waiting.remove(request)
-      if why:
-        request.events.put(('error', why))
-      elif table is not None:
+      if table is not None:
         self._begin(table, request)
 
   def _table(self, request: Request) -> _Table | None:

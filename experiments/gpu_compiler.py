@@ -83,7 +83,7 @@ def _register() -> None:
   module = importlib.import_module(_plugin())
   try:
     _topology('h100', 1)
-  except NotImplementedError:
+  except NotImplementedError:  # What jax raises while the plugin is not registered.
     module.initialize()
 
 
