@@ -465,7 +465,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('model', 'smollm2_135m', 'A name of models/registry.py, or a model folder.')
   flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where both train.')
   flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of our products; auto: the faster here.')
+    'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of our products; auto: the faster.')
   flags.DEFINE_string('remat', 'none', 'Ours: what the backward pass computes again.')
   flags.DEFINE_string(
     'attention', 'auto', 'Ours: auto, blocks, kernel; a comma list times each.')
