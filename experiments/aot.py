@@ -170,8 +170,9 @@ def _plan(config, program, mesh, slices, num_devices, chip, settings):
     sizes = {'slice': slices, **sharding.parse_sizes(mesh)}
     plans = [p for p in plans if p.sizes == sizes]
   if program != 'train':
-    slots = settings.slots or 32 * max(sizes['data'], 1)
-    return sizes, ['none'], dataclasses.replace(settings, slots=slots)
+    shards = max(sizes['data'], 1)
+    return sizes, ['none'], dataclasses.replace(
+      settings, slots=settings.slots or 32 * shards, blocks=settings.blocks or 8 * shards)
   if settings.remat != 'auto':
     if settings.remat not in decoder.REMAT:
       raise errors.UserError(
@@ -196,26 +197,24 @@ def _speed(config, program, sizes, chip, settings, record, traffic) -> dict[str,
     moved = cost.train_traffic(
       decoder.abstract(config, lora), sizes, tokens // shards, losses // shards, record['remat'])
   else:
-    per_device = lambda slots: slots // sizes['data']
-    kv = aot_programs.kv_bytes(config, settings, sizes)
+    # Slots, and the blocks that are read into them, are split over data.
+    per_device = lambda count: count // sizes['data']
+    kv, slots = aot_programs.kv_bytes(config, settings, sizes), per_device(settings.slots)
     weights, again = record['memory']['weights'], 0.0
     if program == 'decode':
       tokens = settings.slots * settings.decode_steps
       useful = cost.forward_flops(config, tokens, tokens, settings.max_len)
-      own = per_device(settings.slots)
-      moved = settings.decode_steps * cost.forward_traffic(config, weights, kv, own, own, tensor)
+      moved = settings.decode_steps * cost.forward_traffic(
+        config, weights, kv, slots, slots, tensor)
     else:
-      tokens = settings.blocks * settings.block_len
-      ends = min(settings.blocks, settings.slots)
-      useful = cost.forward_flops(config, tokens, ends, settings.max_len)
-      # Blocks are not split over data: every data shard computes all of them.
+      tokens, blocks = settings.blocks * settings.block_len, per_device(settings.blocks)
+      ends = min(blocks, slots)
+      useful = cost.forward_flops(config, tokens, ends * sizes['data'], settings.max_len)
       moved = cost.forward_traffic(
-        config, weights, kv * settings.blocks / per_device(settings.slots), tokens, ends, tensor)
-  # What every device computes; a prefill's blocks are computed by every data shard.
-  split = devices if program != 'prefill' else tensor * sizes['fsdp']
+        config, weights, kv * blocks / slots, per_device(tokens), ends, tensor)
   ici = sum(t.sent / chip.ici_bandwidth(t.group) for t in traffic if not t.across)
   dcn = sum(t.sent for t in traffic if t.across)
-  times = cost.roofline(chip, (useful + again) / split, moved, ici, dcn)
+  times = cost.roofline(chip, (useful + again) / devices, moved, ici, dcn)
   rate = lambda seconds: {
     'tokens_per_s': tokens / seconds,
     'mfu': useful / (seconds * devices * chip.peak_flops)}

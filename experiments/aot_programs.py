@@ -40,7 +40,7 @@ class Settings:
     slots: conversations at a time, on all devices; 0 is 32 a data shard.
     max_len: tokens a slot can hold; all of them are attended.
     block_len: tokens of a prefill block.
-    blocks: prefill blocks at a time.
+    blocks: prefill blocks at a time, on all devices; 0 is 8 a data shard.
     decode_steps: tokens a slot samples in one dispatch.
     cache_dtype: of keys and values: float32, bfloat16, int8; '' is the model's.
   """
@@ -53,7 +53,7 @@ class Settings:
   slots: int = 0
   max_len: int = 4096
   block_len: int = 128
-  blocks: int = 32
+  blocks: int = 0
   decode_steps: int = 8
   cache_dtype: str = ''
 
@@ -230,9 +230,11 @@ def check_mesh(config, mesh_sizes, settings: Settings, program: str) -> None:
     raise UserError(
       f'--batch_rows={settings.batch_rows} does not divide into the {shards} slice, data and fsdp '
       'shards of the mesh.')
-  if program != 'train' and settings.slots % mesh_sizes['data']:
-    raise UserError(
-      f'--slots={settings.slots} does not divide into the {mesh_sizes["data"]} data shards.')
+  for name in {'prefill': ('slots', 'blocks'), 'decode': ('slots',)}.get(program, ()):
+    size = getattr(settings, name)
+    if size % mesh_sizes['data']:
+      raise UserError(
+        f'{name}={size} does not divide into the {mesh_sizes["data"]} data shards of the mesh.')
   if config.num_kv_heads % mesh_sizes['tensor']:
     raise UserError(
       f'tensor={mesh_sizes["tensor"]} does not divide the {config.num_kv_heads} key-value heads of '

@@ -122,7 +122,8 @@ class Engine:
         divide. The model must lie on the same mesh.
       seed: of the engine; with a request's seed and a token's index it keys every draw.
       block_len: tokens of a prefill block.
-      block_buckets: numbers of blocks a prefill dispatch is compiled for.
+      block_buckets: numbers of blocks a prefill dispatch is compiled for; on a mesh the data shards
+        have equal parts of them.
       attend_step: granularity of the attended length in decoding; twice that in prefill, which has
         a program for every pair of attended length and bucket.
       lookup: drafts from the slot's own context; None decodes token by token.
@@ -146,7 +147,6 @@ class Engine:
     self._stop_ids = frozenset(stop_ids)
     self._decode_steps = decode_steps
     self._block_len = block_len
-    self._block_buckets = sorted(set(block_buckets))
     self._lengths = lengths.attend_buckets(max_len, attend_step)
     self._prefill_lengths = lengths.attend_buckets(max_len, 2 * attend_step)
     self._slots = [_Slot() for _ in range(num_slots)]
@@ -170,6 +170,8 @@ class Engine:
       lookup=lookup,
     )
     self._programs = programs.compiled(spec)
+    self._shards = spec.shards
+    self._block_buckets = sorted({-(-blocks // self._shards) for blocks in block_buckets})
     self._caches, self._states = [], []
     # Whole lines of a CPU's cache for each number of a key, where its own kernel reads them.
     positions = -(-max_len // 32) * 32 if decoder.is_native(model.graphdef) else max_len
@@ -468,31 +470,38 @@ class Engine:
   def _dispatch_blocks(self, group: int, waiting: list[int]) -> None:
     """Dispatches the waiting slots' tokens, block by block; earlier blocks of a slot go first."""
     width, members = self._block_len, self._members(group)
-    queue = collections.deque()  # (slot, start, tokens, ends)
+    # Devices that hold other slots have blocks of their own: (slot, start, tokens, ends).
+    shard_slots = self._group_size // self._shards
+    queues = [collections.deque() for _ in range(self._shards)]
     # Short slots first: the attended length of a dispatch is its longest slot's.
     for index in sorted(waiting, key=lambda i: self._slots[i].prompt_tokens):
-      slot = self._slots[index]
+      slot, queue = self._slots[index], queues[(index - members.start) // shard_slots]
       for offset in range(0, len(slot.new), width):
         piece = slot.new[offset : offset + width]
         queue.append((index, slot.length + offset, piece, offset + width >= len(slot.new)))
-    while queue:
-      size = self._bucket(len(queue))
-      blocks = np.zeros((size, width + len(programs.BLOCK_FIELDS)), np.int32)
-      ends = np.full((min(size, len(members)),), size, np.int32)
-      ending, longest = 0, 0
-      for row in range(min(size, len(queue))):
-        index, cursor, piece, last = queue.popleft()
-        slot = self._slots[index]
-        blocks[row, : len(piece)] = piece
-        key = np.asarray([slot.seed, slot.index], np.uint32).view(np.int32)
-        blocks[row, width:] = (index - members.start, cursor, len(piece), slot.budget, *key)
-        longest = max(longest, cursor + len(piece))
-        if last:
-          ends[ending] = row
-          ending += 1
-          slot.length, slot.new = slot.prompt_tokens, None
-        self.stats.prefilled += len(piece)
-      self.stats.prefill_computed += size * width
+    while any(queues):
+      size = self._bucket(max(map(len, queues)))
+      total, longest = self._shards * size, 0
+      blocks = np.zeros((self._shards, size, width + len(programs.BLOCK_FIELDS)), np.int32)
+      ends = np.full((self._shards, min(size, shard_slots)), total, np.int32)
+      for shard, queue in enumerate(queues):
+        blocks[shard, :, width] = shard * shard_slots
+        ending = 0
+        for row in range(min(size, len(queue))):
+          index, cursor, piece, last = queue.popleft()
+          slot = self._slots[index]
+          blocks[shard, row, : len(piece)] = piece
+          key = np.asarray([slot.seed, slot.index], np.uint32).view(np.int32)
+          blocks[shard, row, width:] = (
+            index - members.start, cursor, len(piece), slot.budget, *key)
+          longest = max(longest, cursor + len(piece))
+          if last:
+            ends[shard, ending] = shard * size + row
+            ending += 1
+            slot.length, slot.new = slot.prompt_tokens, None
+          self.stats.prefilled += len(piece)
+      blocks, ends = blocks.reshape(total, -1), ends.reshape(-1)
+      self.stats.prefill_computed += total * width
       attend_len = next(n for n in self._prefill_lengths if n >= longest)
       own = slice(members.start, members.stop)
       with self._clock('prefill'):
@@ -505,7 +514,7 @@ class Engine:
           jax.block_until_ready(self._states[group].first)
 
   def _bucket(self, blocks: int) -> int:
-    """Blocks of the next dispatch when this many wait.
+    """Blocks of each shard in the next dispatch when this many wait.
 
     Filling a smaller bucket and coming again costs a dispatch (about as much as 4 blocks: the
     weights are read once more); padding a larger one costs its empty blocks.

@@ -70,6 +70,12 @@ class Spec:
   mesh: jax.sharding.Mesh | None
   lookup: LookupConfig | None = None
 
+  @property
+  def shards(self) -> int:
+    """Parts of the slots, in order, each on devices of its own; 1 where they do not divide."""
+    size = 1 if self.mesh is None else self.mesh.shape['data']
+    return 1 if self.num_slots % size else size
+
   def shardings(self) -> tuple[NamedSharding, NamedSharding] | None:
     """Of the cache's arrays [S, K, ...] and of everything else.
 
@@ -210,8 +216,10 @@ def prefill(
     cache: donated.
     state: donated.
     blocks: int32 [B, T + 6]: the tokens, then BLOCK_FIELDS; cursor is the position of the block's
-      first token, budget the turn's max_new_tokens. A block with count 0 is padding.
-    ends: int32 [R], rows of `blocks` that are the last of their slot; B where there is none.
+      first token, budget the turn's max_new_tokens. A block with count 0 is padding. Of a mesh each
+      of `Spec.shards` equal parts has blocks of the slots that lie there, and no others.
+    ends: int32 [R], rows of `blocks` that are the last of their slot, in parts likewise; B where
+      there is none.
     tries: what the slots may reply.
     gates: float32 [S, G], which of several adapters each slot has (`models.adapters`); None where
       there is one at most.
@@ -219,23 +227,30 @@ def prefill(
   """
   width = spec.block_len
   slots, cursors, counts, budgets, seeds, indices = blocks[:, width:].T
-  hidden, cache = incremental.forward_cached(
-    spec.graphdef,
-    *params,
-    blocks[:, :width],
-    cache,
-    cursors,
-    counts,
-    slots=slots,
-    attend_len=attend_len,
-    gates=None if gates is None else gates[slots],
-  )
   there = ends < blocks.shape[0]
   rows = jnp.minimum(ends, blocks.shape[0] - 1)
+
+  def extend(params, tokens, cache, cursors, counts, slots, rows, gates):
+    """Of a part's blocks and slots, each counted from the first of all."""
+    part = 0 if spec.shards == 1 else jax.lax.axis_index('data')
+    hidden, cache = incremental.forward_cached(
+      spec.graphdef, *params, tokens, cache, cursors, counts,
+      slots=slots - part * cache.num_slots, attend_len=attend_len, gates=gates)
+    rows = jnp.clip(rows - part * len(tokens), 0, len(tokens) - 1)
+    return hidden[rows, jnp.maximum(counts[rows] - 1, 0)], cache
+
+  if spec.shards > 1:
+    # Left to itself the compiler has every device compute all blocks, as any may be of any slot.
+    own = PartitionSpec('data')
+    extend = jax.shard_map(
+      extend, mesh=spec.mesh, axis_names={'data'}, in_specs=(PartitionSpec(), *[own] * 7),
+      out_specs=own, check_vma=False)
+  hidden, cache = extend(
+    params, blocks[:, :width], cache, cursors, counts, slots, rows,
+    None if gates is None else gates[slots])
   seeds, indices = (
     jax.lax.bitcast_convert_type(x[rows], jnp.uint32) for x in (seeds, indices)
   )
-  hidden = hidden[rows, jnp.maximum(counts[rows] - 1, 0)]
   own = () if tries is None else (array[slots[rows]] for array in tries)
   tokens, logprobs, stop = _choose(
     spec, params, hidden, there, state.engine_seed, seeds, indices, *own

@@ -156,7 +156,7 @@ def test_a_mesh_may_split_the_dimensions_of_the_network(topology, sizes):
   ({'mesh': '3,1,1', 'settings': Settings(batch_rows=3)}, 'form no box'),
   ({'mesh': '2,1,4'}, '2 key-value heads'),
   ({'mesh': 'all'}, 'three sizes'),
-  ({'program': 'decode', 'mesh': '3,1,2'}, '--slots=8 does not divide'),
+  ({'program': 'decode', 'mesh': '3,1,2'}, 'slots=8 does not divide'),
   ({'program': 'decode', 'slices': 2}, 'does not span slices'),
   ({'program': 'serve'}, 'choose from train'),
   ({'topology': 'h200', 'slices': 2}, '--topology=h200 has no slices'),
