@@ -26,7 +26,7 @@ needs_gpu_compiler = pytest.mark.skipif(
 TINY = registry.shrink(
   registry.get_config('qwen25_7b', dtype='bfloat16'), vocab_size=512, embed_dim=256, mlp_dim=512,
   num_heads=4, num_kv_heads=2, head_dim=64)
-SMALL = Settings(row_len=256, rank=8, slots=8, max_len=256, block_len=16, blocks=4, decode_steps=4)
+SMALL = Settings(row_len=256, rank=8, slots=8, max_len=256, block_len=16, blocks=8, decode_steps=4)
 
 
 @needs_libtpu
