@@ -163,13 +163,16 @@ def load_base(
   return Base(model if named else config.name, config, read, params, seed)
 
 
-def settle_dtype(config: Any, base: Base | None, workdir: str | os.PathLike | None = None) -> str:
+def settle_dtype(
+  config: Any, base: Base | None, workdir: str | os.PathLike | None = None, *, key: str = 'dtype',
+) -> str:
   """What a run plays in where its config says auto: what it began with, or the faster here.
 
   Args:
     config: with the keys of `load_base`, and `mesh` where it can have one.
     base: that is loaded already; its dtype is settled.
     workdir: the run's folder; None: there is none.
+    key: under which its config.json says what it began with.
   """
   from training import speed
 
@@ -188,7 +191,7 @@ def settle_dtype(config: Any, base: Base | None, workdir: str | os.PathLike | No
     return incremental.can_be_native(dataclasses.replace(
       architecture, dtype='bfloat16', base_quantization=config.base_quantization))
 
-  return speed.settle_dtype(config.dtype, workdir, own_kernels=own_kernels)
+  return speed.settle_dtype(config.dtype, workdir, key=key, own_kernels=own_kernels)
 
 
 def engine_options(config: Any) -> dict[str, Any]:

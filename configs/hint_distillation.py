@@ -32,6 +32,7 @@ DEFAULTS = dict(
   decoder='',
   shrink=False,
   dtype='auto',  # operands of the products: bfloat16, float32; auto: the faster here
+  play_dtype='',  # likewise of those that play; '' is dtype, or where it is auto what plays faster
   base_quantization='none',  # kernels of the frozen base: none, int8, int4, nf4
   seed=0,
   # Tasks. The loop's skills are disjoint from the warm start's; the evaluation's houses from both.

@@ -39,7 +39,7 @@ def predict(config: Any, base: policy_lib.Base,
   """The parts of a run with their tokens and minutes on this machine.
 
   Args:
-    config: as configs/hint_distillation.py makes it, its dtype settled.
+    config: as configs/hint_distillation.py makes it, its dtypes settled.
     base: the model.
     rows: of the evaluation; a student that none of them names is not trained.
 
@@ -71,19 +71,21 @@ class Costs:
     """Times one product.
 
     Args:
-      config: has rank, alpha, row_len and a settled dtype.
+      config: has rank, alpha, row_len, and settled dtype and play_dtype.
       base: the model.
     """
     self.parts: list[dict[str, Any]] = []
     self._config, self._base = config, base
     self._rate = speed.product_rate(config.dtype)
+    # Where a CPU's own kernels play bfloat16 without instructions for it, they multiply float32.
+    self._play_rate = max(self._rate, speed.product_rate(config.play_dtype))
     self._params = count_params(base.config)
     self._lora = lora_lib.LoraConfig(rank=config.rank, alpha=config.alpha)
 
   def play(self, part: str, episodes: int, mean: float) -> None:
     """Episodes of `mean` computed tokens each."""
     tokens = round(episodes * mean)
-    minutes = 2 * self._params * tokens / (self._rate * _PLAY_EFFICIENCY) / 60
+    minutes = 2 * self._params * tokens / (self._play_rate * _PLAY_EFFICIENCY) / 60
     self._add(part, episodes, tokens, minutes)
 
   def train(self, part: str, episodes: int, mean: float, epochs: float) -> None:

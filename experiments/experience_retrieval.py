@@ -379,6 +379,7 @@ def check(config) -> None:
   experience_rows.parse(config.evaluate)
   experience_memory.rules_of(config)
   demonstrations.check_knows(config.expert_knows)
+  stages.check_dtypes(config)
   stages.check_data(config.data)
   stages.check_decoder(config)
   if min(config.index_games, config.eval_games, config.teacher_games, config.validation_games) < 0:

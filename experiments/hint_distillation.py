@@ -142,7 +142,7 @@ class Loop(stages.Stages):
         model=c.hint_model if chosen == 'openai' else self.model, adapter='',
         slots=c.slots, max_context=c.hint_max_context,
         base_url=self.dry_hint_url or c.hint_base_url, timeout_s=60.0, retries=4),
-      load_policy=lambda: (self.base.model(), self.base.tokenizer, self.base.name))
+      load_policy=lambda: (self.playing.model(), self.playing.tokenizer, self.playing.name))
     return {'hints': len(bank.hints), 'failures': failures}
 
   def usable(self, sources: Sequence[str]) -> int:
@@ -268,6 +268,7 @@ def check(config) -> None:
           '--workdir of a finished run.')
     if config.warm_episodes:
       raise errors.UserError('next_after goes on from a student: set warm_episodes=0.')
+  stages.check_dtypes(config)
   stages.check_data(config.data)
   stages.check_decoder(config)
   hints_lib.check_flags(config.writer, config.hint_model)

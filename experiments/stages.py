@@ -9,6 +9,7 @@ from typing import Any
 import rollout
 import train
 from agents import policy as policy_lib
+from configs import common
 from configs import from_scratch as scratch_config
 from configs import rollout as rollout_config
 from configs import train as train_config
@@ -30,13 +31,17 @@ class Stages:
   def __init__(self, config: Any, workdir: pathlib.Path):
     from training import speed
 
-    # Settled once, so that all stages multiply alike.
+    # Settled once, so that all stages that train multiply alike, and all that play.
     self.config = config.copy_and_resolve_references()
     self.config.dtype = speed.settle_dtype(config.dtype, workdir)
+    if not config.play_dtype:
+      # What the stage `decoder` makes is not there to be asked about.
+      self.config.play_dtype = self.config.dtype if config.decoder else policy_lib.settle_dtype(
+        _alone(config), None, workdir, key='play_dtype')
     self.workdir = workdir
     self.wall_s: dict[str, float] = {}
     self.records: dict[str, dict[str, Any]] = {}
-    self._base = None
+    self._bases: dict[str, policy_lib.Base] = {}
 
   @property
   def model(self) -> str:
@@ -53,12 +58,21 @@ class Stages:
 
   @property
   def base(self) -> policy_lib.Base:
-    if self._base is None:
+    """The base weights as they are trained with."""
+    return self._load(self.config.dtype)
+
+  @property
+  def playing(self) -> policy_lib.Base:
+    """The base weights as they play; the same object where the dtype is."""
+    return self._load(self.config.play_dtype)
+
+  def _load(self, dtype: str) -> policy_lib.Base:
+    if dtype not in self._bases:
       c = self.config
-      self._base = policy_lib.load_base(
-        self.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=c.dtype,
+      self._bases[dtype] = policy_lib.load_base(
+        self.model, c.base, tokenizer=c.tokenizer, shrink=c.shrink, dtype=dtype,
         base_quantization=c.base_quantization, seed=c.seed)
-    return self._base
+    return self._bases[dtype]
 
   def stage(self, name: str, body: Callable[[pathlib.Path], dict[str, Any] | None]) -> dict:
     """Runs `body(folder)` unless the folder says that it is finished; returns what it recorded."""
@@ -82,8 +96,8 @@ class Stages:
     """Plays episodes through rollout.py's own code: this config's keys, then the changes."""
     values = {key: self.config[key] for key in rollout_config.DEFAULTS if key in self.config}
     # An experiment's mesh is that of its trainings; it plays on one device.
-    values.update(model=self.model, mesh='', **changes)
-    rollout.run(rollout_config.make(values), folder, base=self.base)
+    values.update(model=self.model, mesh='', dtype=self.config.play_dtype, **changes)
+    rollout.run(rollout_config.make(values), folder, base=self.playing)
     return trajectory.load_episodes(folder)
 
   def train(
@@ -118,6 +132,14 @@ def record_of(run: str | pathlib.Path, stage: str) -> dict[str, Any]:
   return json.loads((pathlib.Path(run) / stage / 'done.json').read_text())
 
 
+def check_dtypes(config: Any) -> None:
+  """Raises errors.UserError where a dtype is none."""
+  common.check_dtype(config.dtype)
+  if config.play_dtype not in ('', 'bfloat16', 'float32'):
+    raise errors.UserError(
+      f"play_dtype={config.play_dtype!r} is not bfloat16 or float32; leave it out for dtype's.")
+
+
 def check_decoder(config: Any) -> None:
   """Raises errors.UserError where the decoder that the config asks for cannot be made."""
   if config.decoder:
@@ -139,6 +161,13 @@ def check_splits(config: Any, skills: str) -> None:
   for key in ('train_split', 'eval_split', 'validation_split'):
     if config.get(key):
       rollout.check_split(suite, config[key])
+
+
+def _alone(config: Any) -> Any:
+  """The config for one device."""
+  config = config.copy_and_resolve_references()
+  config.mesh = ''
+  return config
 
 
 def predicted(

@@ -39,7 +39,7 @@ def product_rate(dtype: str) -> float:
 
 def settle_dtype(
   dtype: str, workdir: str | os.PathLike | None = None, *,
-  own_kernels: Callable[[], bool] = lambda: False,
+  key: str = 'dtype', own_kernels: Callable[[], bool] = lambda: False,
 ) -> str:
   """What a run multiplies in where its config says 'auto', 'bfloat16' or 'float32'.
 
@@ -52,6 +52,7 @@ def settle_dtype(
     dtype: of the config.
     workdir: the run's folder, whose config.json says what an earlier start took; None: there is
       none.
+    key: under which it says so.
     own_kernels: whether those of `models.native` multiply, asked on a CPU alone.
   """
   if dtype != 'auto':
@@ -60,7 +61,7 @@ def settle_dtype(
   if workdir is not None:
     # A broken one is said where the folder is opened.
     with contextlib.suppress(OSError, ValueError, AttributeError):
-      before = json.loads((pathlib.Path(workdir) / 'config.json').read_text()).get('dtype')
+      before = json.loads((pathlib.Path(workdir) / 'config.json').read_text()).get(key)
   if before in ('bfloat16', 'float32'):
     return before
   if jax.default_backend() != 'cpu' or own_kernels():

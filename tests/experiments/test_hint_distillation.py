@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 
 import rollout
+import train
+from agents import policy as policy_lib
 from configs import experience_retrieval as experience_config
 from configs import hint_distillation as hint_config
 from data import errors, trajectory
 from experiments import experience_retrieval, from_scratch, hint_distillation, stages
 from tests import programs
+from training import speed
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _ROW_KEYS = {
@@ -214,7 +217,7 @@ def test_the_budget_grows_with_what_is_asked_for(smollm2_path):
   from configs import hint_distillation as config_lib
   from experiments import budget, evaluation_rows
   base = policy.load_base('smollm2_135m', 'random', shrink=True)
-  config = config_lib.get_config('shrink=true,base=random,dtype=float32')
+  config = config_lib.get_config('shrink=true,base=random,dtype=float32,play_dtype=float32')
 
   def parts(evaluate, config=config):
     rows = evaluation_rows.parse(evaluate)
@@ -255,7 +258,7 @@ def test_a_decoder_of_its_own_is_the_model_of_every_stage(
   # The expert's episodes are tokenised by rollout.py, which is told the model by name alone.
   monkeypatch.setattr(trajectory, 'load_episodes', lambda folder: [])
   monkeypatch.setattr(rollout, 'run', lambda *arguments, base: done.append(arguments))
-  run._base = types.SimpleNamespace()
+  monkeypatch.setattr(run, '_load', lambda dtype: types.SimpleNamespace())
   run.play(tmp_path / 'played', agent='expert')
   model = str(tmp_path / 'decoder' / from_scratch.MODEL_FOLDER)
   assert done[1][0].model == run.train_config().model == model
@@ -309,3 +312,38 @@ def test_warm_start_hints_tell_no_rule_of_the_loop(seed):
       if match:
         assert match[1] not in states and (match[2], match[3]) not in held_out
   assert 0.6 < told_count / 60 < 0.95
+
+
+def test_training_and_playing_take_what_is_faster_for_each(tmp_path, monkeypatch):
+  """float32 products are the faster ones, and own kernels play bfloat16: a CPU with AVX2 alone."""
+  rates, seen = {'float32': 2.0, 'bfloat16': 1.0}, []
+  monkeypatch.setattr(speed, 'product_rate', rates.get)
+  monkeypatch.setattr(policy_lib.incremental, 'can_be_native', lambda config: True)
+  monkeypatch.setattr(policy_lib, 'load_base', lambda *args, dtype, **options: dtype)
+  monkeypatch.setattr(trajectory, 'load_episodes', lambda folder: [])
+  monkeypatch.setattr(
+    rollout, 'run', lambda config, folder, base: seen.append((config.dtype, base)))
+  monkeypatch.setattr(
+    train, 'run', lambda config, folder, base, score: seen.append((config.dtype, base)))
+
+  def dtypes(options=''):
+    loop = hint_distillation.Loop(hint_config.get_config(options), tmp_path)
+    loop.play(tmp_path)
+    loop.train(tmp_path, 'x', '')
+    played, trained = seen[-2:]
+    assert played[0] == played[1] and trained[0] == trained[1]
+    return trained[0], played[0], loop
+
+  *taken, loop = dtypes()
+  assert taken == ['float32', 'bfloat16'] and loop.base != loop.playing
+  assert dtypes('dtype=float32')[:2] == ('float32', 'float32')
+  assert dtypes('dtype=bfloat16,play_dtype=float32')[:2] == ('bfloat16', 'float32')
+  # What a run began with it goes on with, on another machine, too.
+  (tmp_path / 'config.json').write_text(loop.config.to_json())
+  rates['bfloat16'] = 3.0
+  assert dtypes()[:2] == ('float32', 'bfloat16')
+  monkeypatch.setattr(policy_lib.incremental, 'can_be_native', lambda config: False)
+  assert dtypes()[:2] == ('float32', 'bfloat16')
+  for key, value in (('dtype', 'float8'), ('play_dtype', 'auto')):
+    with pytest.raises(errors.UserError, match=value):
+      hint_distillation.check(hint_config.get_config(f'{key}={value}'))
