@@ -59,14 +59,14 @@ class Stages:
   @property
   def base(self) -> policy_lib.Base:
     """The base weights as they are trained with."""
-    return self._load(self.config.dtype)
+    return self._base_in(self.config.dtype)
 
   @property
   def playing(self) -> policy_lib.Base:
     """The base weights as they play; the same object where the dtype is."""
-    return self._load(self.config.play_dtype)
+    return self._base_in(self.config.play_dtype)
 
-  def _load(self, dtype: str) -> policy_lib.Base:
+  def _base_in(self, dtype: str) -> policy_lib.Base:
     if dtype not in self._bases:
       c = self.config
       self._bases[dtype] = policy_lib.load_base(

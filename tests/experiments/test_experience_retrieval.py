@@ -346,7 +346,7 @@ def test_the_mesh_of_an_experiment_is_that_of_its_trainings(monkeypatch, tmp_pat
   monkeypatch.setattr(rollout, 'run', lambda config, folder, base: seen.append(config))
   monkeypatch.setattr(trajectory, 'load_episodes', lambda folder: [])
   run = experience_retrieval.Experiment(config_lib.get_config('mesh=auto'), tmp_path)
-  monkeypatch.setattr(run, '_load', lambda dtype: object())
+  monkeypatch.setattr(run, '_base_in', lambda dtype: object())
   run.play(tmp_path, episodes=3)
   assert (seen[0].mesh, seen[0].episodes) == ('', 3)
   assert run.train_config(data='x', init_adapter='').mesh == 'auto'

@@ -258,7 +258,7 @@ def test_a_decoder_of_its_own_is_the_model_of_every_stage(
   # The expert's episodes are tokenised by rollout.py, which is told the model by name alone.
   monkeypatch.setattr(trajectory, 'load_episodes', lambda folder: [])
   monkeypatch.setattr(rollout, 'run', lambda *arguments, base: done.append(arguments))
-  monkeypatch.setattr(run, '_load', lambda dtype: types.SimpleNamespace())
+  monkeypatch.setattr(run, '_base_in', lambda dtype: types.SimpleNamespace())
   run.play(tmp_path / 'played', agent='expert')
   model = str(tmp_path / 'decoder' / from_scratch.MODEL_FOLDER)
   assert done[1][0].model == run.train_config().model == model
@@ -314,7 +314,9 @@ def test_warm_start_hints_tell_no_rule_of_the_loop(seed):
   assert 0.6 < told_count / 60 < 0.95
 
 
-def test_training_and_playing_take_what_is_faster_for_each(tmp_path, monkeypatch):
+@pytest.mark.parametrize('program, configs', [
+  (hint_distillation, hint_config), (experience_retrieval, experience_config)])
+def test_training_and_playing_take_what_is_faster_for_each(program, configs, tmp_path, monkeypatch):
   """float32 products are the faster ones, and own kernels play bfloat16: a CPU with AVX2 alone."""
   rates, seen = {'float32': 2.0, 'bfloat16': 1.0}, []
   monkeypatch.setattr(speed, 'product_rate', rates.get)
@@ -327,7 +329,8 @@ def test_training_and_playing_take_what_is_faster_for_each(tmp_path, monkeypatch
     train, 'run', lambda config, folder, base, score: seen.append((config.dtype, base)))
 
   def dtypes(options=''):
-    loop = hint_distillation.Loop(hint_config.get_config(options), tmp_path)
+    make = getattr(program, 'Loop', None) or program.Experiment
+    loop = make(configs.get_config(options), tmp_path)
     loop.play(tmp_path)
     loop.train(tmp_path, 'x', '')
     played, trained = seen[-2:]
@@ -346,4 +349,4 @@ def test_training_and_playing_take_what_is_faster_for_each(tmp_path, monkeypatch
   assert dtypes()[:2] == ('float32', 'bfloat16')
   for key, value in (('dtype', 'float8'), ('play_dtype', 'auto')):
     with pytest.raises(errors.UserError, match=value):
-      hint_distillation.check(hint_config.get_config(f'{key}={value}'))
+      program.check(configs.get_config(f'{key}={value}'))

@@ -212,7 +212,7 @@ def check_a_kill_before(operation, make, wanted, check, hook, workdir) -> None:
 def test_a_kill_before_every_operation_of_a_rollout(whole, hook, tmp_path):
   make, wanted, check = whole('expert')
   names = operations(make, tmp_path / 'listed', hook, tmp_path / 'log')
-  for part in (trajectory.JOURNAL_NAME, 'open /wall_s', 'rename /wall_s', 'rename /config',
+  for part in (trajectory.JOURNAL_NAME, 'open /counts', 'rename /counts', 'rename /config',
                'rename /summary', 'rename /episodes.writing', 'rmdir /episodes.writing'):
     assert any(part in name for name in names), (part, names)
   for number, name in enumerate(names):
