@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 import subprocess
 import sys
 
@@ -145,8 +146,19 @@ def test_a_setting_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_p
   record = bench.run_job('any', {}, tmp_path, python=str(slow), limit_s=1.0)
   assert record == {'error': 'not done after 1 s'}
   state = pathlib.Path(f'/proc/{child.read_text().strip()}/stat')
-  # Gone, or a zombie that nobody has read yet.
-  assert not state.exists() or state.read_text().split()[2] == 'Z'
+
+  def ended():
+    """Gone, or a zombie that nobody has read yet."""
+    try:
+      return state.read_text().split()[2] == 'Z'
+    except (FileNotFoundError, ProcessLookupError):
+      return True
+
+  # It has been killed, which takes a moment: it would live for ten minutes.
+  deadline = time.monotonic() + 30
+  while not ended():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
 
 
 def test_an_unknown_setting_is_one_sentence(tmp_path):
