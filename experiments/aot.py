@@ -172,7 +172,8 @@ def _plan(config, program, mesh, slices, num_devices, chip, settings):
   if program != 'train':
     shards = max(sizes['data'], 1)
     return sizes, ['none'], dataclasses.replace(
-      settings, slots=settings.slots or 32 * shards, blocks=settings.blocks or 8 * shards)
+      settings, slots=settings.slots or aot_programs.SLOTS * shards,
+      blocks=settings.blocks or aot_programs.BLOCKS * shards)
   if settings.remat != 'auto':
     if settings.remat not in decoder.REMAT:
       raise errors.UserError(

@@ -26,6 +26,9 @@ from training import step as step_lib
 
 LIBTPU = 'libtpu==0.0.42.1'
 
+# Of each data shard, where the settings say 0.
+SLOTS, BLOCKS = 32, 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -212,7 +215,7 @@ def inference_plans(
     for fsdp in (n for n in range(1, num_devices // tensor + 1) if num_devices // tensor % n == 0):
       sizes = dict(zip(
         sharding.AXES, (1, num_devices // tensor // fsdp, fsdp, tensor), strict=True))
-      own = dataclasses.replace(settings, slots=settings.slots or 32 * sizes['data'])
+      own = dataclasses.replace(settings, slots=settings.slots or SLOTS * sizes['data'])
       if own.slots % sizes['data']:
         continue
       need = (memory.shard_bytes(model.frozen, sizes) + kv_bytes(config, own, sizes)
@@ -230,11 +233,12 @@ def check_mesh(config, mesh_sizes, settings: Settings, program: str) -> None:
     raise UserError(
       f'--batch_rows={settings.batch_rows} does not divide into the {shards} slice, data and fsdp '
       'shards of the mesh.')
-  for name in {'prefill': ('slots', 'blocks'), 'decode': ('slots',)}.get(program, ()):
-    size = getattr(settings, name)
-    if size % mesh_sizes['data']:
-      raise UserError(
-        f'{name}={size} does not divide into the {mesh_sizes["data"]} data shards of the mesh.')
+  if program != 'train' and settings.slots % mesh_sizes['data']:
+    raise UserError(
+      f'--slots={settings.slots} does not divide into the {mesh_sizes["data"]} data shards.')
+  if program == 'prefill' and settings.blocks % mesh_sizes['data']:
+    raise UserError(
+      f'blocks={settings.blocks} does not divide into the {mesh_sizes["data"]} data shards.')
   if config.num_kv_heads % mesh_sizes['tensor']:
     raise UserError(
       f'tensor={mesh_sizes["tensor"]} does not divide the {config.num_kv_heads} key-value heads of '

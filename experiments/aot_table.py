@@ -175,8 +175,8 @@ def section(record: Mapping[str, Any]) -> str:
     f'loss.\n\n{_table("train", done)}',
     'Decoding: 8 steps a dispatch, slots of 4,096 tokens that are full.\n\n'
     f'{_table("decode", done)}',
-    f'Prefill: 8 blocks of {shapes.block_len} new tokens a dispatch into such slots of each data '
-    f'shard.\n\n{_table("prefill", done)}',
+    f'Prefill: {aot_programs.BLOCKS} blocks of {shapes.block_len} new tokens a dispatch into such '
+    f'slots of each data shard.\n\n{_table("prefill", done)}',
     f'Training on {_LONG_ROWS} rows of {_LONG:,} tokens at a time.\n\n'
     f'{_table("train", done, _LONG)}']
   if points(done):
